@@ -1,0 +1,288 @@
+"""What the models read and write: prompts, their token ids, and the parser of the answers.
+
+Holds the recipe's texts and nothing about how a model is run or trained.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from foggen.questions import OpenQuestion, Question
+
+Messages = list[dict[str, str]]
+Variant = Literal["blank_line", "compact"]
+
+BUCKETS: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+BUCKET_TEXTS: tuple[str, ...] = ("0.0", "0.25", "0.5", "0.75", "1.0")
+CONFIDENCE_PREFIX = "Confidence:"
+ANSWER_PREFIX = "\nFinal answer:"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+# The public model cards show the same system prompt twice, with different white space; both are kept as variants.
+SYSTEM_MCQ: dict[str, str] = {
+    "blank_line": (
+        "You are a self-aware multiple-choice assistant.\n\nRules:\n- Do not output <think> tags.\n"
+        "- First, assess your confidence in solving this question.\n- Then give your answer.\n- Output format:\n"
+        "  Confidence: <0.0|0.25|0.5|0.75|1.0>\n  Final answer: <OPTION_LETTER>"
+    ),
+    "compact": (
+        "You are a self-aware multiple-choice assistant.\nRules:\n- Do not output <think> tags.\n"
+        "- First, assess your confidence in solving this question.\n- Then give your answer.\n- Output format:\n"
+        "Confidence: <0.0|0.25|0.5|0.75|1.0>\nFinal answer: <OPTION_LETTER>"
+    ),
+}
+
+_OPEN_RULES = "\n\nRules:\n- Do not output <think> tags.\n- First, assess your confidence in solving this question.\n"
+_OPEN_FORMAT = "- Output format:\n  Confidence: <0.0|0.25|0.5|0.75|1.0>\n"
+SYSTEM_OPEN: dict[str, str] = {
+    "squad": "You are a self-aware reading comprehension assistant."
+    + _OPEN_RULES
+    + "- Then give your answer, a short span copied from the passage.\n"
+    + _OPEN_FORMAT
+    + "  Final answer: <SPAN>",
+    "truthfulqa": "You are a self-aware factual question assistant."
+    + _OPEN_RULES
+    + "- Then give your answer in one short sentence.\n"
+    + _OPEN_FORMAT
+    + "  Final answer: <ANSWER>",
+    "gsm8k": "You are a self-aware math assistant."
+    + _OPEN_RULES
+    + "- Then reason step by step, and give your answer as a number.\n"
+    + _OPEN_FORMAT
+    + "  <REASONING>\n  Final answer: <NUMBER>",
+}
+
+
+class Response(NamedTuple):
+    """What a model said: the confidence bucket and the answer, each None when it cannot be read."""
+
+    confidence: float | None
+    answer: str | None
+
+
+class Route(NamedTuple):
+    """Where a query goes: `local` keeps the edge answer, `cloud` asks the strong model."""
+
+    action: Literal["local", "cloud"]
+    confidence: float | None
+    answer: str | None
+
+
+def option_lines(options: Sequence[str]) -> str:
+    """One line an option: `A. first`, `B. second`, ..."""
+    return "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, options, strict=False))
+
+
+def user_turn(question: Question, variant: Variant = "blank_line") -> str:
+    """The user turn: question text, a blank line (not in `compact`), one line an option."""
+    gap = "\n\n" if variant == "blank_line" else "\n"
+    return f"{question.question}{gap}{option_lines(question.options)}"
+
+
+def mcq_messages(question: Question, variant: Variant = "blank_line") -> Messages:
+    """The recipe's multiple-choice prompt as chat messages."""
+    return [
+        {"role": "system", "content": SYSTEM_MCQ[variant]},
+        {"role": "user", "content": user_turn(question, variant)},
+    ]
+
+
+def open_messages(question: OpenQuestion) -> Messages:
+    """The prompt of an open-ended question: its task's system prompt, then passage (if any) and question."""
+    passage = f"Passage: {question.context}\n\n" if question.context else ""
+    return [
+        {"role": "system", "content": SYSTEM_OPEN[question.task]},
+        {"role": "user", "content": f"{passage}Question: {question.question}"},
+    ]
+
+
+def target_text(confidence: float, answer: str, reasoning: str = "") -> str:
+    """The assistant turn that supervised fine-tuning teaches: confidence, optional reasoning, answer."""
+    middle = f"\n{reasoning}" if reasoning else ""
+    return f"{CONFIDENCE_PREFIX} {BUCKET_TEXTS[BUCKETS.index(confidence)]}{middle}{ANSWER_PREFIX} {answer}"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Self-verification (AutoMix): a few-shot text in one user turn, continued by the model's own judgement.
+
+VERIFY_SYSTEM = "You check answers. Decide if the AI generated answer is correct."
+VERIFY_DECISION = "Verification Decision: The AI generated answer is"
+_INSTRUCTION = "Instruction: Decide if the AI generated answer is correct or incorrect, and say why."
+
+
+class Exemplar(NamedTuple):
+    """One worked verification."""
+
+    question: str
+    options: tuple[str, ...]
+    answer: str
+    evaluation: str
+    correct: bool
+
+
+EXEMPLARS: tuple[Exemplar, ...] = (
+    Exemplar(
+        "How many days are in a leap year?",
+        ("364", "365", "366", "367"),
+        "C",
+        "A leap year has one day more than 365.",
+        True,
+    ),
+    Exemplar(
+        "Which animal lays eggs?",
+        ("dog", "hen", "cow", "cat"),
+        "A",
+        "Dogs give birth to puppies, and hens lay eggs.",
+        False,
+    ),
+    Exemplar(
+        "What do you call frozen water?",
+        ("sand", "steam", "smoke", "ice"),
+        "D",
+        "Water that freezes turns into ice.",
+        True,
+    ),
+    Exemplar(
+        "Which color do you get from blue and yellow?",
+        ("red", "green", "black", "white"),
+        "C",
+        "Blue and yellow give green, and not black.",
+        False,
+    ),
+)
+
+
+def verification_text(question: str, options: Sequence[str], answer: str) -> str:
+    """One question with the answer to be checked, in AutoMix's field order (no context for multiple choice)."""
+    content = options[LETTERS.index(answer)]
+    return (
+        f"Question: {question}\n\n{option_lines(options)}\n\nAI Generated Answer: {answer}. {content}\n"
+        f"{_INSTRUCTION}\nEvaluation:"
+    )
+
+
+def worked_verification(exemplar: Exemplar) -> str:
+    """An exemplar as text, with its evaluation and decision."""
+    decision = "Correct" if exemplar.correct else "Incorrect"
+    shown = verification_text(exemplar.question, exemplar.options, exemplar.answer)
+    return f"{shown} {exemplar.evaluation}\n{VERIFY_DECISION} {decision}."
+
+
+def verify_messages(question: Question, answer: str) -> Messages:
+    """Few-shot self-verification of `answer` (a letter): 4 worked examples, two correct and two incorrect."""
+    shots = "\n\n".join(worked_verification(exemplar) for exemplar in EXEMPLARS)
+    asked = verification_text(question.question, question.options, answer)
+    return [{"role": "system", "content": VERIFY_SYSTEM}, {"role": "user", "content": f"{shots}\n\n{asked}"}]
+
+
+def parse_verification(text: str) -> bool | None:
+    """The decision in a verification: True (correct), False (incorrect), None when there is none. Last one wins."""
+    found = re.findall(r"answer\s+is\s+(incorrect|correct|not\s+correct)", text, flags=re.IGNORECASE)
+    return None if not found else found[-1].lower() == "correct"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading an answer
+
+_CONFIDENCE = re.compile(r"confidence\s*:\s*([0-9][0-9.]*)", re.IGNORECASE)
+_ANSWER = re.compile(r"final\s+answer\s*:\s*\(?([A-Za-z])(?![A-Za-z])", re.IGNORECASE)
+_FREE_ANSWER = re.compile(r"final\s+answer\s*:[ \t]*([^\n]*)", re.IGNORECASE)
+_BUCKET_OF_NUMBER = {"0": 0.0, "0.0": 0.0, "0.25": 0.25, "0.5": 0.5, "0.75": 0.75, "1": 1.0, "1.0": 1.0}
+
+
+def _bucket(text: str) -> float | None:
+    """Exactly one of the five buckets, written with any number of trailing zeros; everything else is no confidence."""
+    number = text.rstrip(".")
+    if "." in number:
+        number = number.rstrip("0").rstrip(".")
+    return _BUCKET_OF_NUMBER.get(number or text)
+
+
+def parse_response(text: str, options: int = 26) -> Response:
+    """Reads `Confidence: <bucket>` and `Final answer: <letter>`; never raises, whatever the string.
+
+    The FIRST match of each counts: the model commits to its first statement, and text that a model runs on with
+    after its answer cannot change it. A number that is not one of the five buckets is no confidence; a letter
+    beyond the question's `options` is no answer.
+    """
+    confidence = _CONFIDENCE.search(text)
+    answer = _ANSWER.search(text)
+    letter = answer.group(1).upper() if answer else None
+    return Response(
+        _bucket(confidence.group(1)) if confidence else None,
+        letter if letter and LETTERS.find(letter) < options else None,
+    )
+
+
+def parse_open_response(text: str) -> Response:
+    """As `parse_response`, with free text after `Final answer:` (to the end of its line) as the answer."""
+    confidence = _CONFIDENCE.search(text)
+    answer = _FREE_ANSWER.search(text)
+    free = answer.group(1).strip() if answer else ""
+    return Response(_bucket(confidence.group(1)) if confidence else None, free or None)
+
+
+def route_query(text: str, tau: float = 0.5, options: int = 26) -> Route:
+    """Keeps the local answer if its confidence is at least `tau`; no readable confidence goes to the cloud."""
+    confidence, answer = parse_response(text, options)
+    keep = confidence is not None and confidence >= tau
+    return Route("local" if keep else "cloud", confidence, answer)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From messages to token ids
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = True
+) -> list[int]:
+    """Token ids of a chat in which contents are always plain text.
+
+    A question may contain `<|im_end|>` or other chat markup. Rendering the template to one string and tokenising
+    it would turn that text into control tokens. So the template is rendered around placeholders: its own text may
+    become control tokens, the contents never do. A last message of the role `assistant` is a prefix that the model
+    continues, without an end-of-turn token.
+    """
+    *chat, last = messages
+    prefix = last["content"] if last["role"] == "assistant" else ""
+    if not prefix:
+        chat = [*chat, last]
+    marks = [f"\ue000{index}\ue001" for index in range(len(chat))]
+    shells = [{"role": message["role"], "content": mark} for message, mark in zip(chat, marks, strict=True)]
+    rendered = cast(
+        str,
+        tokenizer.apply_chat_template(
+            shells,
+            tokenize=False,
+            add_generation_prompt=bool(prefix) or add_generation_prompt,
+            enable_thinking=False,
+        ),
+    )
+    contents = dict(zip(marks, (message["content"] for message in chat), strict=True))
+    ids: list[int] = []
+    for piece in re.split("(\ue000[0-9]+\ue001)", rendered):
+        if piece in contents:
+            ids += plain_ids(tokenizer, contents[piece])
+        elif piece:
+            ids += cast(list[int], tokenizer(piece, add_special_tokens=False)["input_ids"])
+    return ids + (plain_ids(tokenizer, prefix) if prefix else [])
+
+
+def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text, with everything that looks like a control token taken as plain characters."""
+    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+    return cast(list[int], encoded["input_ids"])
+
+
+def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that the chat template puts after an assistant turn: what a trained answer ends with."""
+    mark = "\ue000"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+    rendered = cast(str, tokenizer.apply_chat_template(turns, tokenize=False, enable_thinking=False))
+    after = rendered.rsplit(mark, 1)[1]
+    return cast(list[int], tokenizer(after, add_special_tokens=False)["input_ids"])[0]

@@ -1,0 +1,306 @@
+"""Questions: the two types, their loaders and validation, sampling, splits and leakage checks.
+
+Knows nothing of prompts or models.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+DOMAINS = (
+    "finance",
+    "science",
+    "coding",
+    "law",
+    "math",
+    "kazakh_culture",
+    "medical",
+)  # the recipe's rotation order
+TASKS = ("squad", "truthfulqa", "gsm8k")  # a file of this name holds open-ended questions
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+class QuestionError(ValueError):
+    """Rows that cannot be used, all of them, each with its file, line, field and the expected form."""
+
+
+class Question(BaseModel):
+    """A multiple-choice question. `fact` is what it asks about: the unit of splitting and of resampling."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    id: str = Field(min_length=1)
+    domain: str = Field(min_length=1)
+    question: str = Field(min_length=1)
+    options: tuple[str, ...] = Field(min_length=2, max_length=len(LETTERS))
+    answer: str
+    fact: str | None = None
+    difficulty: int | None = None
+    lang: str = "en"
+    split: str | None = None
+
+    @field_validator("options")
+    @classmethod
+    def _told_apart(cls, options: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(option.strip() for option in options) or len(set(options)) < len(options):
+            raise ValueError("options must be nonempty and distinct")
+        return options
+
+    @model_validator(mode="after")
+    def _answer_is_an_option(self) -> Question:
+        letters = LETTERS[: len(self.options)]
+        if len(self.answer) != 1 or self.answer not in letters:
+            raise ValueError(f"answer must be one letter of A-{letters[-1]}, got {self.answer!r}")
+        return self
+
+    @property
+    def unit(self) -> str:
+        """What is sampled independently: the fact where it is known, else the question itself."""
+        return self.fact or self.id
+
+
+class OpenQuestion(BaseModel):
+    """A question with a free answer. `answers` are all right ones; `incorrect` known wrong ones (TruthfulQA)."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    id: str = Field(min_length=1)
+    task: Literal["squad", "truthfulqa", "gsm8k"]
+    question: str = Field(min_length=1)
+    context: str = ""
+    answers: tuple[str, ...] = Field(min_length=1)
+    incorrect: tuple[str, ...] = ()
+    solution: str = ""
+    fact: str | None = None
+    split: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _public_names(cls, row: Any) -> Any:
+        """The data sets' own field names are accepted: `correct_answers`, `incorrect_answers`, `answer`."""
+        if not isinstance(row, Mapping):
+            return row
+        row = dict(row)
+        if "correct_answers" in row:
+            best = [row["best_answer"]] if row.get("best_answer") else []
+            row.setdefault("answers", list(dict.fromkeys([*best, *row["correct_answers"]])))
+        if "answer" in row:
+            row.setdefault("answers", [row["answer"]])
+        if "incorrect_answers" in row:
+            row.setdefault("incorrect", row["incorrect_answers"])
+        return row
+
+
+Row = TypeVar("Row", Question, OpenQuestion)
+
+# ---------------------------------------------------------------------------------------------------------------
+# Loading
+
+_FORMS = {
+    "id": "a nonempty text, unique",
+    "domain": f"a nonempty text, such as {', '.join(DOMAINS)}",
+    "question": "a nonempty text",
+    "options": "a list of 2 to 26 distinct nonempty texts",
+    "answer": "the letter of the right option",
+    "answers": "a list of at least one text",
+    "task": " or ".join(TASKS),
+}
+
+
+def _files(path: Path, open_ended: bool) -> list[Path]:
+    """The JSONL files under `path` that hold the wanted kind of question, by file name."""
+    if path.is_file():
+        return [path]
+    files = [file for file in sorted(path.glob("*.jsonl")) if (file.stem in TASKS) == open_ended]
+    if not files:
+        raise QuestionError(f"{path}: no such file, or no .jsonl file with questions of this kind in it")
+    return files
+
+
+def _problems(place: str, error: ValidationError) -> Iterator[str]:
+    for problem in error.errors():
+        field = str(problem["loc"][0]) if problem["loc"] else "answer"
+        form = f"; expected: {_FORMS[field]}" if field in _FORMS else ""
+        yield f"{place}: field `{field}`: {problem['msg'].removeprefix('Value error, ')}{form}"
+
+
+def _load(files: Sequence[Path], kind: type[Row], defaults: Mapping[Path, dict[str, str]]) -> list[Row]:
+    """All rows of all files, or a QuestionError that tells everything that is wrong with them."""
+    rows: list[Row] = []
+    problems: list[str] = []
+    seen: dict[str, str] = {}
+    for file in files:
+        try:
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            problems.append(
+                f"{file.name}: not UTF-8 at byte {error.start}; expected: UTF-8 text, one JSON object a line"
+            )
+            continue
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            place = f"{file.name}, line {number}"
+            try:
+                values = json.loads(line)
+                row = kind.model_validate(
+                    {**defaults.get(file, {}), **values} if isinstance(values, dict) else values
+                )
+            except json.JSONDecodeError as error:
+                problems.append(f"{place}: not JSON ({error.msg}); expected: one JSON object a line")
+            except ValidationError as error:
+                problems.extend(_problems(place, error))
+            else:
+                if row.id in seen:
+                    problems.append(
+                        f"{place}: field `id`: {row.id!r} stands in {seen[row.id]} already; expected: {_FORMS['id']}"
+                    )
+                seen.setdefault(row.id, place)
+                rows.append(row)
+    if problems or not rows:
+        raise QuestionError(
+            f"{len(problems)} problem(s), nothing was loaded:\n" + "\n".join(problems or ["no rows"])
+        )
+    return rows
+
+
+def load_questions(path: Path) -> list[Question]:
+    """Multiple-choice questions of a JSONL file, or of all JSONL files of a folder but the open-ended tasks'.
+
+    A row has `id`, `domain`, `question`, `options`, `answer`; other known fields are taken, unknown ones ignored.
+    Raises QuestionError with every bad row of every file.
+    """
+    return _load(_files(path, open_ended=False), Question, {})
+
+
+def load_open_questions(path: Path) -> list[OpenQuestion]:
+    """Open-ended questions of a JSONL file, or of a folder's squad.jsonl, truthfulqa.jsonl and gsm8k.jsonl.
+
+    A row's task is its field `task`, or else its file's name. Raises QuestionError with every bad row.
+    """
+    files = _files(path, open_ended=True)
+    return _load(files, OpenQuestion, {file: {"task": file.stem} for file in files})
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Choosing questions
+
+
+def by_domain(questions: Iterable[Question]) -> dict[str, list[Question]]:
+    """Questions grouped by domain, in the order given."""
+    groups: dict[str, list[Question]] = {}
+    for question in questions:
+        groups.setdefault(question.domain, []).append(question)
+    return groups
+
+
+def draw(questions: Sequence[Question], n: int, seed: int, used: Iterable[str] = ()) -> list[Question]:
+    """`n` questions at random; those whose id is in `used` only once the others are spent.
+
+    Fewer than `n` come back where the pool itself is smaller.
+    """
+    taken = set(used)
+    order = random.Random(seed).sample(list(questions), len(questions))
+    return sorted(order, key=lambda question: question.id in taken)[:n]
+
+
+def draw_balanced(questions: Sequence[Question], n: int, domains: Sequence[str], seed: int) -> list[Question]:
+    """`n` questions in equal parts from the `domains` (the first ones give one more where it does not divide)."""
+    groups = by_domain(questions)
+    sizes = [n // len(domains) + (index < n % len(domains)) for index in range(len(domains))]
+    return [
+        question
+        for domain, size in zip(domains, sizes, strict=True)
+        for question in draw(groups.get(domain, []), size, seed)
+    ]
+
+
+def subset(questions: Sequence[Question], n: int | None, seed: int) -> list[Question]:
+    """`n` questions in equal parts from their domains; all of them where `n` is None."""
+    return list(questions) if n is None else draw_balanced(questions, n, list(by_domain(questions)), seed)
+
+
+def split_by_fact(
+    questions: Sequence[Question], shares: Mapping[str, float], seed: int
+) -> dict[str, list[Question]]:
+    """Parts of the given shares (they sum to 1), stratified by domain, with no fact in two parts."""
+    parts: dict[str, list[Question]] = {name: [] for name in shares}
+    for domain, group in sorted(by_domain(questions).items()):
+        units = sorted({question.unit for question in group})
+        random.Random(f"{seed}/{domain}").shuffle(units)
+        part_of: dict[str, str] = {}
+        start, cumulated = 0, 0.0
+        for name, share in shares.items():
+            cumulated += share
+            end = round(cumulated * len(units))
+            part_of |= dict.fromkeys(units[start:end], name)
+            start = end
+        for question in group:
+            parts[part_of[question.unit]].append(question)
+    return parts
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Looking at questions
+
+
+def describe(questions: Sequence[Question]) -> list[dict[str, Any]]:
+    """One row a domain: n, facts, chance level, share of each gold letter (the constant-letter answerers' accuracy)."""
+    rows = []
+    for domain, group in by_domain(questions).items():
+        gold = Counter(question.answer for question in group)
+        rows.append(
+            {
+                "domain": domain,
+                "n": len(group),
+                "facts": len({question.unit for question in group}),
+                "chance": sum(1 / len(question.options) for question in group) / len(group),
+                **{f"gold {letter}": gold[letter] / len(group) for letter in sorted(gold)},
+            }
+        )
+    return rows
+
+
+class Twin(NamedTuple):
+    """A pair of questions that look alike: ids, and the Jaccard similarity of their word sets (0 to 1)."""
+
+    first: str
+    second: str
+    similarity: float
+
+
+def _words(question: Question) -> str:
+    text = " ".join([question.question, *question.options]).casefold()
+    return " ".join(sorted(set(re.findall(r"\w+", text))))
+
+
+def near_duplicates(
+    first: Sequence[Question], second: Sequence[Question], threshold: float = 0.9
+) -> list[Twin]:
+    """Pairs across two sets whose words (question and options) overlap by at least `threshold`, most alike first.
+
+    1.0 are the same words in any order, which takes in exact duplicates with shuffled options.
+    """
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    if not first or not second:
+        return []
+    count = CountVectorizer(binary=True, token_pattern=r"\S+", lowercase=False)
+    left = count.fit_transform([_words(question) for question in first])
+    right = CountVectorizer(vocabulary=count.vocabulary_, binary=True, token_pattern=r"\S+", lowercase=False)
+    shared = (left @ right.transform([_words(question) for question in second]).T).tocoo()
+    sizes = [[len(_words(question).split()) for question in questions] for questions in (first, second)]
+    twins = []
+    for i, j, both in zip(shared.row, shared.col, shared.data, strict=True):
+        similarity = float(both) / (sizes[0][i] + sizes[1][j] - float(both))
+        if similarity >= threshold:
+            twins.append(Twin(first[i].id, second[j].id, similarity))
+    return sorted(twins, key=lambda twin: -twin.similarity)

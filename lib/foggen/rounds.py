@@ -1,0 +1,428 @@
+"""The chain: a buffer labelled by the raw model, then rounds of sampling, labelling, replay, fine-tuning and merging.
+
+Every step is a stage of the run's store. Knows no engine by name: models run behind the `Engine` protocol.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from foggen import confidence, engines, prompts
+from foggen.confidence import SftRow
+from foggen.config import Settings, derive_seed
+from foggen.engines import Engine, Sampling
+from foggen.prompts import encode_chat, mcq_messages, parse_response, plain_ids, turn_end_id
+from foggen.questions import Question, by_domain, draw, draw_balanced, subset
+from foggen.store import ROOT, Store, digest, progress, read_json, read_jsonl, write_json, write_jsonl
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EngineFactory = Callable[[Path], Engine]
+MODEL = ("engine", "engine_options", "dtype")  # settings that every answer of a model depends on
+
+
+def model_folder(model: str, revision: str | None = None) -> Path:
+    """The folder of a model: of the checkout where it has one of that name, else the hub's local copy of it."""
+    if (ROOT / model).is_dir():
+        return ROOT / model
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, revision=revision))
+
+
+def edge_engine(settings: Settings) -> EngineFactory:
+    """Loads the edge model's checkpoints into the engine that the settings name."""
+    options = {"dtype": settings.dtype, **settings.engine_options}
+    return lambda folder: engines.make_engine(settings.engine, folder, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Fine-tuning
+
+
+def encode_row(
+    tokenizer: PreTrainedTokenizerBase, messages: prompts.Messages, target: str
+) -> dict[str, list[int]]:
+    """Token ids of a training row, and the mask of those to learn: the target and the end of the turn.
+
+    The prompt has the very ids that an engine reads, so training and inference cannot drift apart.
+    """
+    prompt = encode_chat(tokenizer, messages)
+    completion = [*plain_ids(tokenizer, target), turn_end_id(tokenizer)]
+    return {
+        "input_ids": prompt + completion,
+        "completion_mask": [0] * len(prompt) + [1] * len(completion),
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars: in a notebook they are debris."""
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
+        logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def sft(
+    model: Path, rows: Sequence[Mapping[str, Any]], settings: Settings, out: Path, seed: int
+) -> dict[str, Any]:
+    """Fine-tunes a LoRA adapter on rows (`messages`, `target`), merges it, and saves model and tokenizer to `out`.
+
+    The loss is on the target and the end of the turn only. Rows longer than `max_length` are left out, not cut:
+    a cut row would teach an answer without its end. Returns what was trained, for the record.
+    """
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    from foggen.engines.transformers_engine import pick_dtype
+
+    set_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    encoded = [encode_row(tokenizer, row["messages"], row["target"]) for row in rows]
+    kept = [row for row in encoded if len(row["input_ids"]) <= settings.sft.max_length]
+    if not kept:
+        raise ValueError(
+            f"all {len(rows)} training rows are longer than sft.max_length={settings.sft.max_length}"
+        )
+    dtype = pick_dtype(settings.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    with _quiet(), tempfile.TemporaryDirectory() as scratch:
+        trainer = SFTTrainer(
+            model=AutoModelForCausalLM.from_pretrained(model, dtype=dtype),
+            args=_sft_config(settings, scratch, seed, bf16=dtype == torch.bfloat16),
+            train_dataset=Dataset.from_list(kept),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(
+                r=settings.lora.r,
+                lora_alpha=settings.lora.alpha,
+                target_modules=settings.lora.targets,
+                task_type="CAUSAL_LM",
+            ),
+            callbacks=[_progress_callback()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        result = trainer.train()
+        # The product of the two small matrices is added in float32: in bfloat16 most of a small update rounds away.
+        merged = cast(Any, trainer.model).float().merge_and_unload().to(dtype)
+        merged.save_pretrained(out)
+        AutoTokenizer.from_pretrained(model).save_pretrained(out)
+    return {
+        "rows": len(kept),
+        "too_long": len(rows) - len(kept),
+        "tokens": sum(len(row["input_ids"]) for row in kept),
+        "steps": result.global_step,
+        "loss": round(result.training_loss, 4),
+        "dtype": str(dtype),
+        "seed": seed,
+    }
+
+
+def _sft_config(settings: Settings, scratch: str, seed: int, bf16: bool) -> Any:
+    from trl.trainer.sft_config import SFTConfig
+
+    return SFTConfig(
+        output_dir=scratch,
+        completion_only_loss=True,
+        max_length=None,
+        learning_rate=settings.sft.learning_rate,
+        lr_scheduler_type=settings.sft.scheduler,
+        warmup_steps=settings.sft.warmup_ratio,
+        weight_decay=settings.sft.weight_decay,
+        num_train_epochs=settings.sft.epochs,
+        per_device_train_batch_size=settings.sft.batch_size,
+        gradient_accumulation_steps=settings.sft.gradient_accumulation,
+        train_sampling_strategy="group_by_length",
+        gradient_checkpointing=False,
+        bf16=bf16,
+        seed=seed,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=0.5,
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+    )
+
+
+def _progress_callback() -> Any:
+    from transformers import TrainerCallback
+
+    class Progress(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, **context: Any) -> None:
+            if "loss" in context["logs"]:
+                loss = float(context["logs"]["loss"])
+                progress(f"    step {state.global_step} of {state.max_steps}, loss {loss:.3f}")
+
+    return Progress()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def evaluate(engine: Engine, questions: Sequence[Question], settings: Settings) -> list[dict[str, Any]]:
+    """One greedy pass: a row a question, in the columns of an outcomes table (the cloud's are added by routing)."""
+    asked = [mcq_messages(question, settings.prompt_variant) for question in questions]
+    sampling = Sampling(n=1, temperature=0.0, max_tokens=settings.max_new_tokens)
+    rows = []
+    for question, (completion,) in zip(questions, engine.generate(asked, sampling), strict=True):
+        stated, answer = parse_response(completion.text, len(question.options))
+        rows.append(
+            {
+                "id": question.id,
+                "domain": question.domain,
+                "fact": question.fact,
+                "gold": question.answer,
+                "n_options": len(question.options),
+                "local_answer": answer,
+                "local_correct": int(answer == question.answer),
+                "confidence": stated,
+                "local_tokens": completion.tokens,
+                "text": completion.text,
+            }
+        )
+    return rows
+
+
+def dev_metrics(rows: Sequence[Mapping[str, Any]], tau: float) -> dict[str, float]:
+    """What a round's line shows: accuracy, mean confidence, share kept at `tau`, parse rate, ECE, AUROC."""
+    import numpy as np
+    import pandas as pd
+
+    from foggen.stats import CALIBRATION, calibration
+
+    frame = pd.DataFrame(rows).astype({"confidence": float})
+    values = dict(zip(CALIBRATION, calibration(frame, np.ones((1, len(frame))))[0], strict=True))
+    return {
+        "n": len(frame),
+        "accuracy": float(frame["local_correct"].mean()),
+        "confidence": float(frame["confidence"].mean()),
+        "kept": float((frame["confidence"] >= tau).mean()),
+        "parsed": float(values["parsed"]),
+        "ece": float(values["ece_bucket"]),
+        "auroc": float(values["auroc"]),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The chain
+
+
+def calibration_questions(train: Sequence[Question], settings: Settings) -> list[Question]:
+    """The questions of R0's buffer: `calibration_rows`, in equal parts from all domains."""
+    seed = derive_seed(settings.seed, "buffer")
+    return draw_balanced(train, settings.calibration_rows, settings.domains, seed)
+
+
+def replay(buffer: Sequence[SftRow], n: int, seed: int) -> list[SftRow]:
+    """`n` rows of the buffer at random, without repetition; all of it where it has fewer."""
+    return random.Random(seed).sample(list(buffer), min(n, len(buffer)))
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round left behind. Round 0 is the model before the chain; its rows are the calibration buffer."""
+
+    number: int
+    domain: str | None
+    model: Path
+    rows: Path  # the newly labelled rows
+    evaluation: Path  # the dev set's outcomes
+    labels: dict[str, int]  # new rows a confidence bucket
+    training: dict[str, Any]
+    metrics: dict[str, float]
+
+    def line(self) -> str:
+        """The round in one line."""
+        m = self.metrics
+        return (
+            f"R{self.number:<2} {self.domain or 'base':<15} labels {'/'.join(map(str, self.labels.values()))}"
+            f"  accuracy {m['accuracy']:.3f}  confidence {m['confidence']:.2f}  kept {m['kept']:.2f}"
+            f"  parsed {m['parsed']:.2f}  ECE {m['ece']:.3f}  AUROC {m['auroc']:.3f}"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """One flat row of a table: number, domain, labels by bucket, training and dev metrics."""
+        values = asdict(self)
+        kept = {key: values[key] for key in ("number", "domain")}
+        labels = {f"labels {bucket}": count for bucket, count in self.labels.items()}
+        return {
+            **kept,
+            **labels,
+            **{f"sft {key}": value for key, value in self.training.items()},
+            **self.metrics,
+        }
+
+
+class Loan:
+    """One engine at a time, holding the checkpoint that was asked for last; nothing is loaded before it is needed."""
+
+    def __init__(self, factory: EngineFactory) -> None:
+        self._factory = factory
+        self._engine: Engine | None = None
+        self._model: Path | None = None
+
+    def at(self, model: Path) -> Engine:
+        """The engine with the weights of `model`."""
+        if self._engine is None:
+            self._engine = self._factory(model)
+        elif model != self._model:
+            self._engine.reload(model)
+        self._model = model
+        return self._engine
+
+    def close(self) -> None:
+        """Frees the engine."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+
+@dataclass
+class Chain:
+    """The rounds of one run, as stages of its store."""
+
+    settings: Settings
+    store: Store
+    train: Sequence[Question]
+    dev: Sequence[Question]
+    loan: Loan
+
+    def rounds(self) -> Iterator[Round]:
+        """R0, then every round, each as soon as it is done."""
+        settings = self.settings
+        asked = calibration_questions(self.train, settings)
+        model = model_folder(settings.edge.model, settings.edge.revision)
+        install = settings.edge.format_install
+        teacher = model_folder(install.labels_from) if install else model
+        rows = self.label("r00", teacher, asked)
+        buffer = cast(list[SftRow], read_jsonl(rows))
+        training: dict[str, Any] = {}
+        if install:
+            model, training = self.sft("r00", model, buffer)
+        yield self.round(0, None, model, rows, training)
+        pools = by_domain(self.train)
+        used = {question.id for question in asked}
+        known = {question.id: question for question in self.train}
+        for number in range(1, settings.rounds + 1):
+            name = f"r{number:02d}"
+            domain = settings.domains[(number - 1) % len(settings.domains)]
+            seed = derive_seed(settings.seed, name)
+            asked = draw(pools.get(domain, []), settings.new_rows, seed, used)
+            used |= {question.id for question in asked}
+            rows = self.label(name, model, asked)
+            new = cast(list[SftRow], read_jsonl(rows))
+            old = replay(buffer, settings.replay_rows, seed)
+            if settings.relabel_replay:
+                again = self.label(f"{name}-replay", model, [known[row["id"]] for row in old])
+                old = cast(list[SftRow], read_jsonl(again))
+            model, training = self.sft(name, model, [*new, *old])
+            buffer += new
+            yield self.round(number, domain, model, rows, training)
+
+    def label(self, name: str, model: Path, questions: Sequence[Question]) -> Path:
+        """The file of training rows for `questions`, labelled by the checkpoint `model`; two stages."""
+        s = self.settings
+        seed = derive_seed(s.seed, name, "samples")
+        fingerprint = digest([question.model_dump(mode="json") for question in questions])
+        names = ("samples", "temperature", "max_new_tokens", "prompt_variant", "labels", *MODEL)
+
+        def ask(folder: Path) -> None:
+            engine = self.loan.at(model)
+            if s.labels == "exact":
+                samples = confidence.exact_answers(engine, questions, s)
+            else:
+                samples = confidence.sample_answers(engine, questions, s, seed)
+            write_jsonl(folder / "samples.jsonl", samples)
+
+        keyed = {**s.only(*names), "questions": fingerprint, "seed": seed}
+        code = [
+            prompts,
+            engines,
+            confidence.sample_answers,
+            confidence.score_answers,
+            confidence.exact_answers,
+        ]
+        sampled = self.store.stage(f"{name}-samples", keyed, [model], ask, code)
+
+        def write(folder: Path) -> None:
+            samples = cast(list[confidence.Sample], read_jsonl(sampled / "samples.jsonl"))
+            write_jsonl(folder / "rows.jsonl", confidence.label(questions, samples, s, seed))
+
+        keyed = {**s.only("tie", "answer_target", "label_control"), "questions": fingerprint, "seed": seed}
+        return (
+            self.store.stage(f"{name}-labels", keyed, [sampled], write, [prompts, confidence]) / "rows.jsonl"
+        )
+
+    def sft(self, name: str, model: Path, rows: Sequence[SftRow]) -> tuple[Path, dict[str, Any]]:
+        """The next checkpoint, trained on `rows` from `model`, and what the training was."""
+        s = self.settings
+        seed = derive_seed(s.seed, name, "sft")
+
+        def train(folder: Path) -> None:
+            write_jsonl(folder / "rows.jsonl", rows)
+            write_json(folder / "training.json", sft(model, rows, s, folder / "model", seed))
+
+        keyed = {**s.only("lora", "sft", "dtype"), "rows": digest(list(rows)), "seed": seed}
+        folder = self.store.stage(
+            f"{name}-sft", keyed, [model], train, [prompts, sft, _sft_config, encode_row]
+        )
+        return folder / "model", cast(dict[str, Any], read_json(folder / "training.json"))
+
+    def round(
+        self, number: int, domain: str | None, model: Path, rows: Path, training: dict[str, Any]
+    ) -> Round:
+        """Evaluates a checkpoint on the dev set and sums the round up."""
+        s = self.settings
+        questions = subset(self.dev, s.dev_questions, derive_seed(s.seed, "dev"))
+
+        def compute(folder: Path) -> None:
+            write_jsonl(folder / "outcomes.jsonl", evaluate(self.loan.at(model), questions, s))
+
+        keyed = {
+            **s.only("max_new_tokens", "prompt_variant", *MODEL),
+            "questions": digest([question.model_dump(mode="json") for question in questions]),
+        }
+        folder = self.store.stage(f"r{number:02d}-dev", keyed, [model], compute, [prompts, engines, evaluate])
+        outcomes = folder / "outcomes.jsonl"
+        labels = confidence.histogram(cast(list[SftRow], read_jsonl(rows)))
+        return Round(
+            number, domain, model, rows, outcomes, labels, training, dev_metrics(read_jsonl(outcomes), s.tau)
+        )
+
+
+def run_chain(
+    settings: Settings,
+    store: Store,
+    train: Sequence[Question],
+    dev: Sequence[Question],
+    engine_factory: EngineFactory | None = None,
+) -> list[Round]:
+    """Runs R0 and all rounds, or finds them in the store, with a progress line each.
+
+    `train` feeds the buffer and the rounds; `dev` is what every checkpoint is evaluated on.
+    """
+    loan = Loan(engine_factory or edge_engine(settings))
+    results = []
+    try:
+        for result in Chain(settings, store, train, dev, loan).rounds():
+            progress(result.line())
+            results.append(result)
+    finally:
+        loan.close()
+    return results
