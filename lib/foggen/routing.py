@@ -196,9 +196,9 @@ def routing_table(
         values[-1][..., -1] = np.where(clouds > raw, stats.ratio(sysacc - raw, clouds - raw), np.nan)
     table = result.table()
     for name, measure in (("gold_share", _gold_share), ("chance", _chance)):
-        values = {str(domain): measure(part) for domain, part in outcomes.groupby("domain", observed=True)}
+        known = {str(domain): measure(part) for domain, part in outcomes.groupby("domain", observed=True)}
         table.insert(
-            1, name, [*(values.get(row, math.nan) for row in result.rows[:-1]), pd.Series(values).mean()]
+            1, name, [*(known.get(row, math.nan) for row in result.rows[:-1]), pd.Series(known).mean()]
         )
     if "seed" in outcomes and outcomes["seed"].nunique() > 1:
         table = table.assign(**_seed_columns(outcomes, tau, score, list(result.rows)))
