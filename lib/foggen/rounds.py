@@ -69,12 +69,12 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     datasets.disable_progress_bars()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         datasets.enable_progress_bars()
-        logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+        logging.enable_progress_bar()
 
 
 def sft(
@@ -120,6 +120,7 @@ def sft(
         result = trainer.train()
         # The product of the two small matrices is added in float32: in bfloat16 most of a small update rounds away.
         merged = cast(Any, trainer.model).float().merge_and_unload().to(dtype)
+        merged.config.use_cache = True  # the trainer switched it off
         merged.save_pretrained(out)
         AutoTokenizer.from_pretrained(model).save_pretrained(out)
     return {
@@ -134,6 +135,7 @@ def sft(
 
 
 def _sft_config(settings: Settings, scratch: str, seed: int, bf16: bool) -> Any:
+    import torch
     from trl.trainer.sft_config import SFTConfig
 
     return SFTConfig(
@@ -156,6 +158,7 @@ def _sft_config(settings: Settings, scratch: str, seed: int, bf16: bool) -> Any:
         logging_steps=0.5,
         disable_tqdm=True,
         dataloader_num_workers=0,
+        dataloader_pin_memory=torch.cuda.is_available(),
     )
 
 

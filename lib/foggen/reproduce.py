@@ -1,0 +1,319 @@
+"""The runner: executes the notebooks in order into a run folder, resumes, and reports.
+
+`python -m foggen.reproduce --help` lists what it takes. Knows nothing of what the notebooks compute: they are done
+when they end without an error AND their last cell has written its sentinel (`foggen.store.finish`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+from traitlets.config import Config
+
+import foggen
+from foggen.config import Settings, SettingsError, load_profile, parameter_names, parse_override
+from foggen.store import (
+    LOCK_VARIABLE,
+    ROOT,
+    RUN_VARIABLE,
+    RunBusyError,
+    Store,
+    code_version,
+    content_hash,
+    digest,
+    read_json,
+    write_json,
+    write_text,
+)
+
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+
+
+class NotebookError(RuntimeError):
+    """A notebook that did not reach its end; the message shows where and why."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run: the notebooks in order, each under the key of everything it depends on."""
+
+    settings: Settings
+    run: Path
+    parameters: Mapping[str, Any]
+    keys: Mapping[Path, str]
+
+    def executed(self, notebook: Path) -> Path:
+        """Where the executed copy lies."""
+        return self.run / "notebooks" / notebook.name
+
+    def sentinel(self, notebook: Path) -> Path:
+        """Where the notebook's last cell says that it is done."""
+        return self.run / "done" / f"{notebook.stem}.json"
+
+    def state(self, notebook: Path) -> str:
+        """`done`, `changed` (something it depends on is not what it was) or `to do`."""
+        sentinel = self.sentinel(notebook)
+        if not sentinel.exists() or not self.executed(notebook).exists():
+            return "to do"
+        return "done" if read_json(sentinel).get("key") == self.keys[notebook] else "changed"
+
+
+def notebook_key(notebook: Path, settings: Settings, before: str) -> str:
+    """A hash of the settings, the notebook's source, the library, the data, and the notebooks before it."""
+    source = [[cell.cell_type, cell.source] for cell in nbformat.read(notebook, as_version=4).cells]
+    data, edge, cloud = settings.data, settings.edge, settings.cloud
+    named = [data.bank, data.questions, data.open_ended, edge.model, cloud.model, "data/published.json"]
+    inputs = [content_hash(ROOT / name) for name in named if name and (ROOT / name).exists()]
+    return digest([settings.model_dump(mode="json"), source, code_version(foggen), inputs, before])
+
+
+def make_plan(settings: Settings, run: Path, parameters: Mapping[str, Any], folder: Path) -> Plan:
+    """All notebooks of a folder with their keys."""
+    keys: dict[Path, str] = {}
+    before = ""
+    for notebook in sorted(folder.glob("[0-9][0-9]_*.ipynb")):
+        before = keys[notebook] = notebook_key(notebook, settings, before)
+    return Plan(settings, run, parameters, keys)
+
+
+def chosen(plan: Plan, start: str | None, only: str | None) -> list[Path]:
+    """The notebooks to run: 01 onwards, unless told otherwise. 00 is a demonstration and runs when asked for."""
+    names = [notebook.stem for notebook in plan.keys]
+    for asked in filter(None, (start, only)):
+        if not any(name.startswith(asked) for name in names):
+            raise SettingsError(f"no notebook begins with {asked!r}: there are {', '.join(names) or 'none'}")
+    if only:
+        return [notebook for notebook in plan.keys if notebook.stem.startswith(only)]
+    return [notebook for notebook in plan.keys if notebook.stem >= (start or "01")]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Running one notebook
+
+
+class _Echo:
+    """A file for papermill to copy a kernel's stderr to: the stages' progress lines, shown as they come."""
+
+    def write(self, text: str) -> None:
+        for line in text.splitlines():
+            console.print(f"    {line}", markup=False)
+
+    def flush(self) -> None:
+        pass
+
+
+def _changed_parameters(notebook: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Those whose value is not the notebook's own default: with none, no cell is injected and the counts stay 1..n."""
+    import papermill
+
+    defaults = papermill.inspect_notebook(str(notebook))
+    missing = sorted(set(parameters) - set(defaults))
+    if missing:
+        raise NotebookError(
+            f"{notebook.name}: its cell tagged `parameters` does not set {', '.join(missing)}"
+        )
+    return {
+        name: value
+        for name, value in parameters.items()
+        if ast.literal_eval(defaults[name]["default"]) != value
+    }
+
+
+def execute(plan: Plan, notebook: Path) -> None:
+    """Runs a notebook to its sentinel, or raises NotebookError with the cell, its source and the traceback."""
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    sentinel = plan.sentinel(notebook)
+    sentinel.unlink(missing_ok=True)
+    plan.executed(notebook).parent.mkdir(parents=True, exist_ok=True)
+    changed = _changed_parameters(notebook, plan.parameters)
+    total = len(nbformat.read(notebook, as_version=4).cells) + bool(changed)  # papermill adds a cell for them
+    started = time.time()
+    at = "before the first cell"
+    columns = (TextColumn("{task.description}"), TextColumn("cell {task.completed:.0f} of {task.total:.0f}"))
+    with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
+        task = bar.add_task(notebook.stem, total=total)
+
+        def on_cell(cell: Any, cell_index: int) -> None:
+            nonlocal at
+            at = f"in cell {cell_index + 1}:\n{cell.source}"
+            bar.update(task, completed=cell_index + 1)
+
+        try:
+            papermill.execute_notebook(
+                os.path.relpath(notebook),
+                os.path.relpath(plan.executed(notebook)),
+                parameters=changed,
+                progress_bar=False,
+                stderr_file=_Echo(),
+                on_cell_start=on_cell,
+                config=Config(KernelManager={"transport_encryption": "auto"}),
+            )
+        except PapermillExecutionError as error:
+            trace = "\n".join(error.traceback)
+            raise NotebookError(f"{notebook.name} failed {at}\n\n{trace}") from None
+        except (
+            Exception
+        ) as error:  # a kernel that died, a time-out: papermill raises what its libraries raise
+            raise NotebookError(f"{notebook.name} stopped {at}\n\n{type(error).__name__}: {error}") from error
+    if not sentinel.exists():
+        raise NotebookError(f"{notebook.name} ended without its sentinel {sentinel.name}, last seen {at}")
+    record = {**read_json(sentinel), "key": plan.keys[notebook], "seconds": round(time.time() - started, 1)}
+    write_json(sentinel, record)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reports
+
+
+def summary(plan: Plan, notebooks: Sequence[Path], kept: Sequence[Path]) -> Table:
+    """One row a notebook: time, peak memory, headline result."""
+    table = Table("notebook", "time", "peak memory", "result", title=f"{plan.settings.name}: {plan.run.name}")
+    for notebook in notebooks:
+        record = read_json(plan.sentinel(notebook))
+        clock = f"{record['seconds']:.0f} s" + (" (kept)" if notebook in kept else "")
+        table.add_row(notebook.stem, clock, f"{record['peak'] / 2**30:.2f} GiB", str(record["headline"]))
+    return table
+
+
+def show_plan(plan: Plan) -> None:
+    """The notebooks with their state, then every parameter with its value and form."""
+    for notebook in plan.keys:
+        console.print(f"{notebook.stem:<20} {plan.state(notebook)}", markup=False)
+    values: dict[str, Any] = plan.settings.model_dump(mode="json")
+    for name, form in parameter_names().items():
+        value: Any = values
+        for part in name.split("."):
+            value = value[part]
+        console.print(f"  {name} = {value}  ({form})", markup=False)
+
+
+def publish(plan: Plan, figures: Path) -> list[Path]:
+    """Copies executed notebooks over their sources and the run's figures to `figures`; returns the notebooks.
+
+    What belongs to the machine goes: papermill's metadata, timings, stderr. Execution counts and outputs stay.
+    """
+    published = []
+    for notebook in plan.keys:
+        if plan.state(notebook) != "done":
+            continue
+        book = nbformat.read(plan.executed(notebook), as_version=4)
+        book.metadata.pop("papermill", None)
+        for cell in book.cells:
+            if "injected-parameters" in cell.metadata.get("tags", []):
+                raise SettingsError(
+                    f"{notebook.name} ran with other parameters than its own: not for publication"
+                )
+            cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k == "tags" and v})
+            if cell.cell_type == "code":
+                cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        write_text(notebook, nbformat.writes(book) + "\n")
+        published.append(notebook)
+    figures.mkdir(exist_ok=True)
+    for figure in (plan.run / "figures").glob("*.*"):
+        shutil.copy(figure, figures / figure.name)
+    return published
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m foggen.reproduce", description=__doc__.split("\n", 1)[0])
+    parser.add_argument(
+        "--profile", default="pocket", help="pocket, paper, or the path of a profile's YAML file"
+    )
+    parser.add_argument("--run", help="the run folder; by default runs/<profile>")
+    parser.add_argument("--seed", type=int, help="the run's seed; by default the profile's")
+    parser.add_argument(
+        "--questions", help="a file or folder of JSONL questions to evaluate on, instead of the bank's"
+    )
+    parser.add_argument(
+        "-p", dest="overrides", action="append", default=[], metavar="name=value", help="one parameter"
+    )
+    parser.add_argument("--from", dest="start", metavar="NN", help="begin with this notebook")
+    parser.add_argument("--only", metavar="NN", help="run this notebook alone")
+    parser.add_argument("--force", action="store_true", help="run notebooks again even where nothing changed")
+    parser.add_argument("--list", action="store_true", help="show notebooks and parameters, run nothing")
+    parser.add_argument(
+        "--publish", action="store_true", help="then copy notebooks and figures into the checkout"
+    )
+    parser.add_argument("--notebooks", default="notebooks", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def run_all(plan: Plan, notebooks: Sequence[Path], force: bool) -> None:
+    """Runs what is not done yet, and ends with the table."""
+    kept = [] if force else [notebook for notebook in notebooks if plan.state(notebook) == "done"]
+    for notebook in notebooks:
+        if notebook in kept:
+            console.print(f"{notebook.stem}: unchanged, kept")
+        else:
+            execute(plan, notebook)
+    console.print(summary(plan, notebooks, kept))
+    here = os.path.relpath(plan.run)
+    console.print(
+        f"Look into {here}/notebooks, {here}/figures, {here}/tables; every stage is in {here}/manifest.jsonl"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; 0 = all notebooks done, 1 = one failed, 2 = the command cannot be run."""
+    options = _arguments(argv)
+    try:
+        overrides = dict(parse_override(text) for text in options.overrides)
+        if options.questions:
+            overrides["data.questions"] = os.path.relpath(options.questions, ROOT)
+        profile = options.profile
+        if profile.endswith((".yaml", ".yml")):
+            profile = os.path.relpath(profile, ROOT)
+        os.chdir(ROOT)
+        seed = {} if options.seed is None else {"seed": options.seed}
+        settings = load_profile(profile, {**overrides, **seed})
+        run = options.run or f"runs/{settings.name}"
+        os.environ[RUN_VARIABLE] = str((ROOT / run).resolve())
+        store = Store(run)
+        parameters = {"profile": profile, "run": run, "seed": settings.seed, "overrides": overrides}
+        plan = make_plan(settings, store.run, parameters, ROOT / options.notebooks)
+        if options.list:
+            show_plan(plan)
+            return 0
+        notebooks = chosen(plan, options.start, options.only)
+        with store.locked():
+            os.environ[LOCK_VARIABLE] = str(store.run)
+            write_json(store.run / "settings.json", settings.model_dump(mode="json"))
+            run_all(plan, notebooks, options.force)
+            if options.publish:
+                names = [notebook.name for notebook in publish(plan, ROOT / "figures")]
+                console.print(f"published: {', '.join(names)}, figures")
+    except (SettingsError, RunBusyError) as error:
+        console.print(str(error), markup=False)
+        return 2
+    except NotebookError as error:
+        console.print(Text.from_ansi(str(error)))
+        console.print("Finished stages are kept: run the same command again to resume where this stopped.")
+        return 1
+    finally:
+        for variable in (LOCK_VARIABLE, RUN_VARIABLE):
+            os.environ.pop(variable, None)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
