@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import pandas as pd
 import pytest
 from foggen import automix
 from foggen.automix import CANDIDATES, Bins, Costs, Intervals, Method, Policy
+from foggen.engines import Completion
+from foggen.questions import Question
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -146,6 +148,8 @@ def test_stored_categories_and_cost_regions(golden: dict[str, Any], rows: dict[s
 
 def assert_same_choice(method: Method, fit_rows: pd.DataFrame, test: pd.DataFrame, costs: Costs) -> None:
     """Same parameter, or another one that is exactly as good on the fit rows (the original keeps no order there)."""
+    if "POMDP" in method and has_equal_penalty(fit_rows):
+        return  # the original's policies are then a matter of rounding: see the defects below
     mixer = peer(method, fit_rows, costs)
     theirs, policy = ours_of(method, mixer.best_param), automix.fit(method, fit_rows, costs)
     worth = [
@@ -235,6 +239,39 @@ def test_defect_worse_cloud_on_the_stored_rows(rows: dict[str, pd.DataFrame]) ->
     assert price.accuracy > case["perf"], "the original gave up 14.5 points and called it a gain of 12%"
 
 
+def test_defect_rounding_does_not_tell_bins_of_the_same_odds_apart() -> None:
+    """Two bins with 2 needy and 1 good row each turn at penalty 150; a row of no category in one moves no odds."""
+    needy, good, undefined = (0.0, 0.0, 1.0), (0.0, 1.0, 1.0), (0.0, 1.0, 0.0)
+    rows = [needy, needy, good, *((0.125, *row[1:]) for row in (needy, needy, good, undefined))]
+    outcomes = table(*(list(values) for values in zip(*rows, (1.0, 0.0, 0.0), strict=True)))
+    theirs = peer_class("POMDPSimple")(num_bins=8).generate_points(peer_table(outcomes))
+    assert (1, *[0] * 8) in theirs, "the original routes one of the two bins only"
+    assert [policy.parameter[:2] for policy in CANDIDATES["POMDPSimple"](outcomes, 8)] == [(1, 1), (0, 0)]
+
+
+def odds(outcomes: pd.DataFrame) -> list[tuple[int, int]]:
+    """For each of nine bins: 100 (n + g + h) - h and n, of which the quotient is the penalty at which it turns."""
+    bins, kinds = automix.nearest_bin(outcomes["verification"]), automix.categories(outcomes)
+    counts = [
+        [int(((bins == i) & (kinds == kind)).sum()) for kind in ("NEEDY", "GOOD", "HOPELESS")]
+        for i in range(9)
+    ]
+    return [(100 * sum(count) - count[2], count[0]) for count in counts]
+
+
+def has_equal_penalty(outcomes: pd.DataFrame) -> bool:
+    """Whether a bin turns at exactly an integer penalty, where the original's floats decide by rounding."""
+    return any(needy and top % needy == 0 for top, needy in odds(outcomes))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pomdp_policies_are_those_of_exact_arithmetic(seed: int) -> None:
+    outcomes = random_table(seed, 20 + 10 * seed)
+    turns = [Fraction(top, needy) if needy else 5000 for top, needy in odds(outcomes)]
+    every = {tuple(int(reward > turn) for turn in turns) for reward in range(5000)}
+    assert {policy.parameter for policy in CANDIDATES["POMDPSimple"](outcomes, 8)} == every
+
+
 def test_defect_costs_given_to_the_evaluation_count() -> None:
     outcomes = random_table(2, 100)
     mixer = peer("SelfConsistency", outcomes, Costs())
@@ -322,10 +359,14 @@ def test_degenerate_fits_have_an_answer(method: Method, rows: list[tuple[float, 
 
 
 def test_missing_values_are_named() -> None:
-    with pytest.raises(ValueError, match="no column `verification`"):
+    with pytest.raises(
+        ValueError, match="a column `verification`; got 1 rows of: local_correct, cloud_correct"
+    ):
         automix.fit("Threshold", table([1.0], [1], [1]).drop(columns="verification"), Costs())
-    with pytest.raises(ValueError, match="row 1: `verification` is empty"):
-        automix.fit("Threshold", table([1.0, np.nan], [1, 1], [1, 1]), Costs())
+    with pytest.raises(ValueError, match="row 1: `cloud_correct` is empty"):
+        automix.fit("Threshold", table([1.0, 0.0], [1, 1], [1, np.nan]), Costs())
+    with pytest.raises(ValueError, match="got 0 rows"):
+        automix.fit("Threshold", table([], [], []), Costs())
     with pytest.raises(ValueError, match="small < large"):
         Costs(2.0, 1.0)
 
@@ -339,13 +380,6 @@ def test_double_threshold_cannot_route_full_agreement() -> None:
 # --- verification through an engine ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Said:
-    text: str
-    tokens: int = 5
-    finished: bool = True
-
-
 class Judge:
     """Says the same k texts to every prompt and remembers the prompts."""
 
@@ -354,10 +388,10 @@ class Judge:
     def __init__(self, texts: list[str]) -> None:
         self.texts, self.prompts = texts, []  # type: tuple[list[str], list[Any]]
 
-    def generate(self, prompts: Any, sampling: Any) -> list[list[Said]]:
+    def generate(self, prompts: Any, sampling: Any) -> list[list[Completion]]:
         self.prompts += [prompt[-1]["content"] for prompt in prompts]
         assert sampling.n == len(self.texts)
-        return [[Said(text) for text in self.texts] for _ in prompts]
+        return [[Completion(text, 5, True) for text in self.texts] for _ in prompts]
 
 
 def test_share_of_readable_decisions() -> None:
@@ -367,10 +401,8 @@ def test_share_of_readable_decisions() -> None:
 
 
 def test_verify_asks_only_about_answers() -> None:
-    pytest.importorskip("foggen.engines")
-    questions = pytest.importorskip("foggen.questions")
     asked = [
-        questions.Question(id=str(n), domain="math", question=f"{n}+1?", options=("1", "2"), answer="A")
+        Question(id=str(n), domain="math", question=f"{n}+1?", options=("1", "2"), answer="A")
         for n in range(3)
     ]
     judge = Judge(["The AI generated answer is Correct."] * 2 + ["The AI generated answer is Incorrect."])
@@ -407,7 +439,7 @@ def test_comparison_table(outcomes: pd.DataFrame) -> None:
     by_domain = pd.DataFrame({"routed": routed, "right": right}).groupby(outcomes["domain"]).mean().mean()
     assert fog["accuracy"].iloc[0] == pytest.approx(by_domain["right"])
     assert fog["routed"].iloc[0] == pytest.approx(by_domain["routed"])
-    assert not result.isna().any().any()
+    assert not result.isna().any().any() and set(result["note"]) == {""}
     dear = result[(result["c_V"] == "tokens") & (result["method"] == "Threshold") & (result["ratio"] == 50)]
     assert dear["cost"].iloc[0] == pytest.approx(1 + 16 + dear["routed"].iloc[0] * 50)
 
@@ -416,7 +448,21 @@ def test_comparison_without_token_counts_says_so_with_nan(outcomes: pd.DataFrame
     bare = outcomes.drop(columns=["local_tokens", "verification_tokens"])
     result = automix.comparison_table(bare, bare, cost_ratios=[50.0], methods=["Threshold"])
     assert result["c_V"].tolist() == ["0 c_S", "0 c_S", "1 c_S"]
-    assert result["tokens"].isna().all() and not result.drop(columns="tokens").isna().any().any()
+    assert set(result["note"]) == {"tokens: not measured"} and result["tokens"].isna().all()
+    assert not result.drop(columns="tokens").isna().any().any()
+
+
+def test_comparison_where_the_cloud_is_as_good_as_the_edge(outcomes: pd.DataFrame) -> None:
+    same = outcomes.assign(cloud_correct=outcomes["local_correct"])
+    result = automix.comparison_table(same, same, cost_ratios=[50.0])
+    assert result["dibc"].isna().all() and set(result["note"]) == {"dibc: the cloud is as good as the edge"}
+    assert (result["lift"].abs() < 1e-12).all()
+
+
+def test_an_empty_verification_is_one_that_could_not_be_read() -> None:
+    outcomes = table([np.nan, 1.0], [0, 1], [1, 1])
+    assert automix.shares(outcomes).tolist() == [0.0, 1.0]
+    assert automix.fit("Threshold", outcomes, Costs()).parameter == (0.0,)
 
 
 def test_lift_over_random_is_zero_for_all_or_none(outcomes: pd.DataFrame) -> None:

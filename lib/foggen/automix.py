@@ -21,6 +21,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.ndimage import gaussian_filter1d
 
+from foggen.engines import Sampling
 from foggen.prompts import parse_verification, verify_messages
 
 if TYPE_CHECKING:
@@ -78,8 +79,6 @@ def verify(
     An answer that could not be read (None) has nothing to verify: v = 0 and no tokens. The prompts share their
     worked examples as a common prefix, which an engine with a prefix cache reads once.
     """
-    from foggen.engines import Sampling
-
     asked = [index for index, answer in enumerate(answers) if answer is not None]
     prompts = [verify_messages(questions[index], str(answers[index])) for index in asked]
     sampling = Sampling(n=k, temperature=temperature, max_tokens=max_tokens, seed=seed)
@@ -119,17 +118,21 @@ class Price(NamedTuple):
     dibc: float
 
 
-def column(outcomes: pd.DataFrame, name: str) -> Floats:
-    """A column as floats; ValueError names a column that is missing or has empty cells."""
-    if name not in outcomes:
-        raise ValueError(
-            f"outcomes have no column `{name}` (columns: {', '.join(map(str, outcomes.columns))})"
-        )
-    values: Floats = outcomes[name].to_numpy(dtype=float, na_value=np.nan)
+def column(outcomes: pd.DataFrame, name: str, empty: float = np.nan) -> Floats:
+    """A column as floats, with `empty` in its empty cells; ValueError names a column that is missing or has gaps."""
+    if name not in outcomes or outcomes.empty:
+        found = ", ".join(map(str, outcomes.columns))
+        raise ValueError(f"outcomes need rows and a column `{name}`; got {len(outcomes)} rows of: {found}")
+    values: Floats = outcomes[name].to_numpy(dtype=float, na_value=empty)
     if np.isnan(values).any():
         row = int(np.isnan(values).argmax())
         raise ValueError(f"outcomes row {row}: `{name}` is empty, expected a number")
     return values
+
+
+def shares(outcomes: pd.DataFrame) -> Floats:
+    """v of every row; an empty cell is 0, as where no verification can be read."""
+    return column(outcomes, "verification", empty=0.0)
 
 
 def price(outcomes: pd.DataFrame, routed: ArrayLike, costs: Costs, weights: Floats | None = None) -> Price:
@@ -177,9 +180,9 @@ class Intervals:
 
     def route(self, v: ArrayLike) -> Mask:
         ends = (0.0,) * (len(self.parameter) % 2) + self.parameter
-        shares = np.asarray(v, dtype=float)
+        x = np.asarray(v, dtype=float)
         pairs = zip(ends[::2], ends[1::2], strict=True)
-        routed: Mask = np.logical_or.reduce([(low <= shares) & (shares <= high) for low, high in pairs])
+        routed: Mask = np.logical_or.reduce([(low <= x) & (x <= high) for low, high in pairs])
         return routed
 
 
@@ -226,10 +229,10 @@ def _pomdp_simple(outcomes: pd.DataFrame, bins: int) -> list[Policy]:
     """The policies of a one-step POMDP, one for each distinct answer to: which bins does penalty r route?
 
     A bin with n needy, g good and h hopeless rows is routed iff r > (100 (n + g + h) - h) / n, so from the integer
-    `start` on. Rows half-way between two bins are in neither. The highest penalty comes first: of two policies with
-    the same dIBC, the one that routes more has the higher accuracy.
+    `start` on (floats would tell bins of the same odds apart). Rows half-way between two bins are in neither. The
+    highest penalty comes first: of two policies with the same dIBC, the one that routes more has the higher accuracy.
     """
-    v = column(outcomes, "verification")
+    v = shares(outcomes)
     index, kind = nearest_bin(v, bins), categories(outcomes)
     inside = np.abs(v * bins - index) < 0.5
     needy, good, hopeless = (
@@ -245,7 +248,7 @@ def _pomdp_simple(outcomes: pd.DataFrame, bins: int) -> list[Policy]:
 def _greedy_pomdp(outcomes: pd.DataFrame, bins: int) -> list[Policy]:
     """Nested sets: bins (rounded down) by falling mean gain, smoothed over neighbours with a Gaussian of sigma 2."""
     gain = column(outcomes, "cloud_correct") - column(outcomes, "local_correct")
-    index = np.floor(column(outcomes, "verification") * bins + 1e-9).astype(np.int64)
+    index = np.floor(shares(outcomes) * bins + 1e-9).astype(np.int64)
     count = np.bincount(index, minlength=bins + 1)
     mean = np.bincount(index, weights=gain, minlength=bins + 1) / np.maximum(count, 1)
     order = np.argsort(gaussian_filter1d(mean, sigma=2), kind="stable")[::-1]
@@ -284,7 +287,7 @@ def fit(
     cost a query is outside `cost_range` are left out; ValueError when none is left. Where the cloud is no better than
     the edge, dIBC would reward losing accuracy at the highest cost: there the highest accuracy is taken.
     """
-    v = column(outcomes, "verification")
+    v = shares(outcomes)
     fixed = np.zeros(len(v), dtype=bool) if always is None else np.asarray(always, dtype=bool)
     gain = column(outcomes, "cloud_correct") - column(outcomes, "local_correct")
     policies = CANDIDATES[method](outcomes, bins)
@@ -365,11 +368,11 @@ def comparison_table(
 
     Meta-verifiers are fitted on `fit_outcomes`, never on the rows that they are judged on. Columns: method, parameter
     (of most fits), n, ratio, c_V, accuracy, routed, cost, ibc, ibc_base, dibc, lift, dibc_sd, fits, forward_passes
-    (on the edge, a query) and tokens (generated on the edge, a query; NaN = not measured). dIBC is NaN where the cloud
-    is exactly as good as the edge, and unstable where it is nearly so or where little is routed.
+    (on the edge, a query), tokens (generated on the edge, a query) and note (why a cell is NaN). dIBC is unstable where
+    the cloud is nearly as good as the edge or where little is routed.
     """
     confident = outcomes["confidence"].to_numpy(dtype=float, na_value=np.nan) >= tau
-    v, rows = column(outcomes, "verification"), []
+    v, rows = shares(outcomes), []
     for ratio in cost_ratios:
         named = {"method": "FogGen", "parameter": str(tau), "ratio": ratio, "c_V": "0 c_S"}
         rows.append({**named, **_row(outcomes, [~confident], Costs(1.0, ratio, 0.0))})
@@ -384,6 +387,9 @@ def comparison_table(
     table["forward_passes"] = np.where(one_pass, 1, 1 + k)
     answer, check = (float(outcomes[name].mean()) if name in outcomes else np.nan for name in _TOKENS)
     table["tokens"] = np.where(one_pass, answer, answer + check)
+    reasons = {"dibc": "dibc: the cloud is as good as the edge", "tokens": "tokens: not measured"}
+    gaps = table[list(reasons)].isna().to_numpy()
+    table["note"] = ["; ".join(np.array(list(reasons.values()))[row]) for row in gaps]
     return table
 
 
@@ -391,7 +397,7 @@ def curve(
     method: Method, outcomes: pd.DataFrame, fit_outcomes: pd.DataFrame, bins: int = BINS
 ) -> pd.DataFrame:
     """Accuracy against cloud share: routed share and accuracy (means over domains) of every candidate, by share."""
-    weights, v = domain_weights(outcomes), column(outcomes, "verification")
+    weights, v = domain_weights(outcomes), shares(outcomes)
     policies = CANDIDATES[method](fit_outcomes, bins)
     prices = [price(outcomes, policy.route(v), Costs(), weights) for policy in policies]
     table = pd.DataFrame({"parameter": [str(policy.parameter) for policy in policies]})
