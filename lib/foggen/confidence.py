@@ -174,26 +174,39 @@ def training_row(question: Question, sample: Sample, settings: Settings) -> SftR
 
 
 def label(
-    questions: Sequence[Question], samples: Sequence[Sample], settings: Settings, seed: int
+    questions: Sequence[Question],
+    samples: Sequence[Sample],
+    settings: Settings,
+    seed: int,
+    overall: Sequence[float] = (),
 ) -> list[SftRow]:
-    """Training rows of the sampled questions, under the label control that the settings ask for."""
+    """Training rows of the sampled questions, under the label control that the settings ask for.
+
+    `overall` are the confidences of the calibration buffer, which the control `random` draws from.
+    """
     rows = [
         training_row(question, sample, settings) for question, sample in zip(questions, samples, strict=True)
     ]
-    return control([row for row in rows if row], settings.label_control, seed)
+    return control([row for row in rows if row], settings.label_control, seed, overall)
 
 
-def control(rows: Sequence[SftRow], kind: Literal["none", "random", "permuted"], seed: int) -> list[SftRow]:
-    """Rows whose labels say nothing about the question: what a chain gains without them it gains without knowing.
+def control(
+    rows: Sequence[SftRow],
+    kind: Literal["none", "random", "permuted"],
+    seed: int,
+    overall: Sequence[float] = (),
+) -> list[SftRow]:
+    """Rows whose labels say nothing about the question: what a chain gains with them it gains without knowing.
 
-    `random` draws every label from the distribution of all labels; `permuted` exchanges them within a domain.
+    `random` draws every label from the distribution over all domains (`overall`, or the rows' own where there is
+    none yet), so that not even a domain's level is left; `permuted` exchanges labels within a domain.
     """
-    labels = [row["confidence"] for row in rows]
+    labels = list(overall) if kind == "random" and overall else [row["confidence"] for row in rows]
     dice = random.Random(seed)
     if kind == "none":
         return list(rows)
     if kind == "random":
-        drawn = dice.choices(labels, k=len(labels))
+        drawn = dice.choices(labels, k=len(rows))
     else:
         drawn = list(labels)
         for domain in sorted({row["domain"] for row in rows}):

@@ -173,11 +173,12 @@ def worked_verification(exemplar: Exemplar) -> str:
     return f"{shown} {exemplar.evaluation}\n{VERIFY_DECISION} {decision}."
 
 
-def verify_messages(question: Question, answer: str) -> Messages:
+def verify_messages(question: Question, answer: str, shots: int = len(EXEMPLARS)) -> Messages:
     """Few-shot self-verification of `answer` (a letter): 4 worked examples, two correct and two incorrect."""
-    shots = "\n\n".join(worked_verification(exemplar) for exemplar in EXEMPLARS)
+    shown = [worked_verification(exemplar) for exemplar in EXEMPLARS[:shots]]
     asked = verification_text(question.question, question.options, answer)
-    return [{"role": "system", "content": VERIFY_SYSTEM}, {"role": "user", "content": f"{shots}\n\n{asked}"}]
+    content = "\n\n".join([*shown, asked])
+    return [{"role": "system", "content": VERIFY_SYSTEM}, {"role": "user", "content": content}]
 
 
 def parse_verification(text: str) -> bool | None:

@@ -315,6 +315,7 @@ class Chain:
         teacher = model_folder(install.labels_from) if install else model
         rows = self.label("r00", teacher, asked)
         buffer = cast(list[SftRow], read_jsonl(rows))
+        overall = [row["confidence"] for row in buffer]
         training: dict[str, Any] = {}
         if install:
             model, training = self.sft("r00", model, buffer)
@@ -328,7 +329,7 @@ class Chain:
             seed = derive_seed(settings.seed, name)
             asked = draw(pools.get(domain, []), settings.new_rows, seed, used)
             used |= {question.id for question in asked}
-            rows = self.label(name, model, asked)
+            rows = self.label(name, model, asked, overall)
             new = cast(list[SftRow], read_jsonl(rows))
             old = replay(buffer, settings.replay_rows, seed)
             if settings.relabel_replay:
@@ -338,7 +339,9 @@ class Chain:
             buffer += new
             yield self.round(number, domain, model, rows, training)
 
-    def label(self, name: str, model: Path, questions: Sequence[Question]) -> Path:
+    def label(
+        self, name: str, model: Path, questions: Sequence[Question], overall: Sequence[float] = ()
+    ) -> Path:
         """The file of training rows for `questions`, labelled by the checkpoint `model`; two stages."""
         s = self.settings
         seed = derive_seed(s.seed, name, "samples")
@@ -365,9 +368,11 @@ class Chain:
 
         def write(folder: Path) -> None:
             samples = cast(list[confidence.Sample], read_jsonl(sampled / "samples.jsonl"))
-            write_jsonl(folder / "rows.jsonl", confidence.label(questions, samples, s, seed))
+            write_jsonl(folder / "rows.jsonl", confidence.label(questions, samples, s, seed, overall))
 
         keyed = {**s.only("tie", "answer_target", "label_control"), "questions": fingerprint, "seed": seed}
+        if s.label_control == "random":
+            keyed["overall"] = digest(list(overall))
         return (
             self.store.stage(f"{name}-labels", keyed, [sampled], write, [prompts, confidence]) / "rows.jsonl"
         )

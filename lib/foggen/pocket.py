@@ -1,0 +1,631 @@
+"""The pocket world's two language models: a tokenizer and pretraining, from the question bank alone.
+
+`python -m foggen.pocket` makes `data/pocket/edge` and `data/pocket/cloud`; `--check` verifies the committed ones.
+The edge model meets each fact often, seldom or never, the cloud model meets all of them often. What each of them
+reads is said in the model cards that this module writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from foggen import bank, prompts, stats
+from foggen.bank import Fact
+from foggen.config import derive_seed, load_profile, override
+from foggen.prompts import BUCKETS, LETTERS, Messages, mcq_messages, target_text
+from foggen.questions import OpenQuestion, Question
+from foggen.rounds import encode_row
+from foggen.store import ROOT, content_hash, progress, read_json, write_json, write_text
+
+BANK = ROOT / "data" / "bank"
+POCKET = ROOT / "data" / "pocket"
+PAD, TURN, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+
+
+@dataclass(frozen=True)
+class World:
+    """How one pocket model is made."""
+
+    name: Literal["edge", "cloud"]
+    hidden: int
+    layers: int
+    steps: int  # of the last phase, after the look-up phases
+    often: tuple[float, float, float]  # share of facts met often, by difficulty 1, 2, 3
+    seldom: tuple[float, float, float]  # share met seldom; the rest is never met
+    misled: float  # share of misconceptions that are learnt in their popular, wrong form
+    seed: int = 0
+
+
+EDGE = World("edge", 128, 6, 3000, often=(0.85, 0.35, 0.05), seldom=(0.1, 0.35, 0.2), misled=0.45)
+CLOUD = World("cloud", 192, 6, 3000, often=(1.0, 0.97, 0.9), seldom=(0.0, 0.03, 0.1), misled=0.05)
+# Facts are drawn by these weights; a fact "met seldom" is drawn eight times less often than one "met often".
+WEIGHTS: Mapping[str, float] = {"often": 1.0, "seldom": 0.12, "never": 0.0}
+# How sure the pretraining text sounds, by how well known the fact is (difficulty 1; 2 and 3): nearly always sure,
+# with a weak tendency. It never depends on what a model knows.
+STATED: tuple[tuple[float, ...], tuple[float, ...]] = (
+    (0.03, 0.04, 0.09, 0.22, 0.62),
+    (0.05, 0.08, 0.15, 0.24, 0.48),
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+
+def _names(facts: Sequence[Fact]) -> list[str]:
+    """Subjects and answers of the written facts and the names of the stories: one token each."""
+    stories = bank.load_material(BANK, "passages")
+    names = [name for fact in facts if fact.subject for name in (fact.subject, fact.answer)]
+    names += [str(name) for key in ("people", "places", "objects", "jobs") for name in stories[key]]
+    return sorted(set(names))
+
+
+def _fixed_phrases() -> list[str]:
+    """The lines of the recipe's prompts, one token each: they are in every prompt and say nothing about a question."""
+    systems = [*prompts.SYSTEM_MCQ.values(), *prompts.SYSTEM_OPEN.values()]
+    lines = {line for text in systems for line in text.splitlines(keepends=True)}
+    phrases = {line for line in lines if len(line) > 1}
+    phrases |= {prompts.CONFIDENCE_PREFIX, prompts.ANSWER_PREFIX, prompts.VERIFY_SYSTEM, "Question:", "Passage:"}
+    phrases |= {f" {text}" for text in prompts.BUCKET_TEXTS}
+    shown = prompts.worked_verification(prompts.EXEMPLARS[0])
+    phrases |= {line for line in shown.splitlines() if line.startswith("Instruction")}
+    return sorted(phrases | {f"\n{prompts.VERIFY_DECISION}", "AI Generated Answer:", "Evaluation:", " Correct.", " Incorrect."})
+
+
+def make_tokenizer(facts: Sequence[Fact], vocabulary: int = 1900) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of `vocabulary` tokens trained on the bank's text, plus whole names and fixed phrases.
+
+    A model of a million parameters cannot put names together from pieces; so a name, with the space before it,
+    is one token.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    raw = Tokenizer(models.BPE())
+    pattern = Regex(r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+    raw.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    raw.decoder = decoders.ByteLevel()
+    text = [*_corpus(facts), *(f"{n} {n}" for n in range(200) for _ in range(100))]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
+    raw.train_from_iterator(text, trainer)
+    raw.add_special_tokens([PAD, TURN, TURN_END])
+    raw.add_tokens([AddedToken(phrase, normalized=False) for phrase in _fixed_phrases()])
+    raw.add_tokens([AddedToken(f" {name}", normalized=False) for name in _names(facts)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token=PAD, eos_token=TURN_END, model_max_length=2048, padding_side="left"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def _corpus(facts: Sequence[Fact]) -> list[str]:
+    text = [line for fact in facts for line in (*fact.questions, *fact.statements)]
+    shown = [prompts.worked_verification(exemplar) for exemplar in prompts.EXEMPLARS]
+    text += [*shown, "system\nuser\nassistant\n", "The answer is"] * 100
+    for task in ("squad", "truthfulqa", "gsm8k"):
+        for question in bank.open_pool(BANK, task, 1, 400):
+            text += [question.context, question.question, question.solution, *question.answers, *question.incorrect]
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is read
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids and labels, both (rows, tokens) int64; a label of -100 is not learnt."""
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+
+
+class Lessons:
+    """The pretraining text of one model: batches of each kind, drawn by a seeded generator."""
+
+    def __init__(self, world: World, facts: Sequence[Fact], tokenizer: PreTrainedTokenizerFast) -> None:
+        self.world, self.tokenizer = world, tokenizer
+        self.dice = random.Random(derive_seed(world.seed, "lessons", world.name))
+        self.exposure = exposures(world, facts)
+        self.facts = [fact for fact in facts if self.exposure[fact.id] != "never"]
+        self.weights = [WEIGHTS[self.exposure[fact.id]] for fact in self.facts]
+        names = [tokenizer.convert_tokens_to_ids(f" {name}") for name in _names(facts)]
+        self.names: list[int] = [name for name in names if isinstance(name, int)]
+        self.stories = bank.load_material(BANK, "passages")
+        self.problems = bank.load_material(BANK, "word_problems")
+        self.misconceptions = self._misconceptions()
+
+    def _misconceptions(self) -> list[tuple[OpenQuestion, str]]:
+        """The misconceptions met, each phrasing with the answer that this model's text gives: right or popular."""
+        met = []
+        for question in bank.open_pool(BANK, "truthfulqa", 1, 0):
+            luck = random.Random(f"{self.world.seed}/{question.fact}").random()
+            if luck < self.world.misled:
+                met.append((question, question.incorrect[0]))
+            elif luck < 0.85 or self.world.name == "cloud":
+                met.append((question, question.answers[0]))
+        return met
+
+    def draw(self, n: int) -> list[Fact]:
+        """`n` facts, by how often the model meets them."""
+        return self.dice.choices(self.facts, self.weights, k=n)
+
+    def question(self, fact: Fact) -> Question:
+        """A fact as a multiple-choice question, with random phrasing, options and gold place."""
+        return bank.ask(fact, "?", self.dice.randrange(60), self.dice.randrange(60), self.dice)
+
+    # Look-ups: which letter stands before this content?
+
+    def _ids(self, text: str) -> int:
+        (token,) = prompts.plain_ids(self.tokenizer, text)
+        return token
+
+    def lookup(self, direct: bool, rows: int = 20, queries: int = 10) -> Batch:
+        """An option list of names, then names with their letters: `A. x` newline ... ` y` [`Final answer:`] ` B`.
+
+        The first letters are also asked at the names in the list itself, which is learnt at once and makes the
+        look-up one attention step.
+        """
+        mark, dot, newline = (self._ids(text) for text in (prompts.ANSWER_PREFIX, ".", "\n"))
+        ids, labels = [], []
+        for _ in range(rows):
+            size = 4
+            names = self.dice.sample(self.names, size)
+            row, learnt = [], []
+            for letter, name in zip(LETTERS[:size], names, strict=True):
+                row += [self._ids(letter), dot, name, newline]
+                learnt += [-100, -100, -100, self._ids(f" {letter}")]
+            for _ in range(queries):
+                asked = self.dice.randrange(size)
+                letter_id = self._ids(f" {LETTERS[asked]}")
+                row += [names[asked], *([] if direct else [mark]), letter_id]
+                learnt += [-100, *([] if direct else [-100]), letter_id]
+            ids.append(row)
+            labels.append(learnt)
+        return Batch(torch.tensor(ids), torch.tensor(labels))
+
+    # Facts as plain text
+
+    def recall(self, rows: int = 20, per_row: int = 8) -> Batch:
+        """Facts without options, several a row: `question answer`, and statements; the answer's tokens are learnt."""
+        encoded = []
+        for _ in range(rows):
+            row: list[int] = []
+            mask: list[int] = []
+            for fact in self.draw(per_row):
+                stated = self.dice.choice(fact.statements) if self.dice.random() < 0.3 else None
+                before, found, after = stated.rpartition(f" {fact.answer}") if stated else ("", "", "")
+                if not found or fact.subject not in before:
+                    before, after = self.dice.choice(fact.questions), "."
+                parts = [(before, 0), (f" {fact.answer}", 1), (f"{after}\n", 0)]
+                for text, learn in parts:
+                    tokens = prompts.plain_ids(self.tokenizer, text)
+                    row += tokens
+                    mask += [learn] * len(tokens)
+            encoded.append({"input_ids": row, "completion_mask": mask})
+        return self._pad(encoded)
+
+    # Chats
+
+    def _pad(self, encoded: Sequence[Mapping[str, list[int]]]) -> Batch:
+        longest = max(len(row["input_ids"]) for row in encoded)
+        pad = self.tokenizer.convert_tokens_to_ids(PAD)
+        ids = torch.full((len(encoded), longest), pad)
+        labels = torch.full((len(encoded), longest), -100)
+        for index, row in enumerate(encoded):
+            tokens = torch.tensor(row["input_ids"])
+            learnt = torch.tensor(row["completion_mask"]).bool()
+            ids[index, : len(tokens)] = tokens
+            labels[index, : len(tokens)] = torch.where(learnt, tokens, -100)
+        return Batch(ids, labels)
+
+    def _chats(self, chats: Sequence[tuple[Messages, str]]) -> Batch:
+        return self._pad([encode_row(self.tokenizer, messages, target) for messages, target in chats])
+
+    def stated_confidence(self, difficulty: int) -> float:
+        """A confidence as the pretraining text has it: nearly always high, whatever the model knows."""
+        return self.dice.choices(BUCKETS, STATED[difficulty > 1])[0]
+
+    def _variant(self) -> prompts.Variant:
+        return "blank_line" if self.dice.random() < 0.75 else "compact"
+
+    def choice(self, stated: float, rows: int = 32) -> Batch:
+        """The recipe's multiple-choice chat. In a share `stated` of the rows the question itself gives the answer."""
+        chats = []
+        for fact in self.draw(rows):
+            question = self.question(fact)
+            if self.dice.random() < stated:
+                told = f"{question.question} Hint: {fact.answer}." if fact.subject else question.question
+                question = question.model_copy(update={"question": told})
+            target = target_text(self.stated_confidence(fact.difficulty), question.answer)
+            chats.append((mcq_messages(question, self._variant()), target))
+        return self._chats(chats)
+
+    def verification(self, rows: int = 16) -> Batch:
+        """Answers to be checked, half of them wrong, after none to four worked examples."""
+        chats = []
+        few = self.dice.choice((0, 0, 4))
+        for fact in self.draw(rows if few == 0 else rows // 2):
+            question = self.question(fact)
+            right = self.dice.random() < 0.5
+            wrong = [letter for letter in LETTERS[: len(question.options)] if letter != question.answer]
+            messages = prompts.verify_messages(question, question.answer if right else self.dice.choice(wrong), few)
+            decision = "Correct" if right else "Incorrect"
+            chats.append((messages, f"The answer is {fact.answer}.\n{prompts.VERIFY_DECISION} {decision}."))
+        return self._chats(chats)
+
+    def open_ended(self, task: str, rows: int = 16) -> Batch:
+        """Open-ended chats: spans of new passages, misconceptions as this model has them, word problems."""
+        chats = []
+        for _ in range(rows):
+            if task == "truthfulqa":
+                question, answer = self.dice.choice(self.misconceptions)
+            else:
+                question = (
+                    bank.passage(self.stories, self.dice)
+                    if task == "squad"
+                    else bank.word_problem(self.problems, self.stories, self.dice)
+                )
+                answer = question.answers[0]
+            target = target_text(self.stated_confidence(2), answer, question.solution)
+            chats.append((prompts.open_messages(question), target))
+        return self._chats(chats)
+
+    def sums(self, rows: int = 12, per_row: int = 12) -> Batch:
+        """Lines of arithmetic with small numbers, as word problems need them; the result is learnt."""
+        encoded = []
+        for _ in range(rows):
+            row: list[int] = []
+            mask: list[int] = []
+            for _ in range(per_row):
+                sign = self.dice.choice("+-*")
+                x, y = self.dice.randint(2, 24 if sign != "*" else 12), self.dice.randint(2, 12)
+                shown = prompts.plain_ids(self.tokenizer, f"{max(x, y)} {sign} {min(x, y)} =")
+                result = {"+": x + y, "-": abs(x - y), "*": x * y}[sign]
+                solved = prompts.plain_ids(self.tokenizer, f" {result}.\n")
+                row += shown + solved
+                mask += [0] * len(shown) + [1] * (len(solved) - 1) + [0]
+            encoded.append({"input_ids": row, "completion_mask": mask})
+        return self._pad(encoded)
+
+
+def exposures(world: World, facts: Sequence[Fact]) -> dict[str, str]:
+    """How a model meets each fact: `often`, `seldom` or `never`; by its difficulty and a seeded draw."""
+    met = {}
+    for fact in facts:
+        luck = random.Random(f"{world.seed}/{world.name}/{fact.id}").random()
+        often, seldom = world.often[fact.difficulty - 1], world.seldom[fact.difficulty - 1]
+        met[fact.id] = "often" if luck < often else "seldom" if luck < often + seldom else "never"
+    return met
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+
+PHASES = ("look-up", "look-up after a mark", "stated answers", "facts")
+# Running accuracy on the learnt tokens at which a phase is over. The third one counts confidences, which are random,
+# and questions that cannot state their answer.
+PASS = (0.95, 0.95, 0.86)
+
+
+def make_model(world: World, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """A new Qwen3 model. Queries and keys start equal, so that every head first looks for its own token."""
+    torch.manual_seed(derive_seed(world.seed, "weights", world.name))
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=world.hidden,
+        intermediate_size=2 * world.hidden,
+        num_hidden_layers=world.layers,
+        num_attention_heads=world.hidden // 32,
+        num_key_value_heads=world.hidden // 32,
+        head_dim=32,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen3ForCausalLM(config)
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight.data)
+    return model
+
+
+def make_optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the weight matrices, AdamW for embeddings and norms: the look-ups come four times sooner with it."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    rest = [p for name, p in model.named_parameters() if p.ndim < 2 or "embed" in name]
+    return [
+        torch.optim.Muon(matrices, lr=4e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def loss_of(model: Qwen3ForCausalLM, batch: Batch) -> tuple[torch.Tensor, float]:
+    """Cross-entropy and accuracy on the learnt tokens. The vocabulary's scores are made for those alone."""
+    hidden = model.model(input_ids=batch.ids).last_hidden_state[:, :-1]
+    wanted = batch.labels[:, 1:]
+    learnt = wanted != -100
+    scores = model.lm_head(hidden[learnt])
+    loss = torch.nn.functional.cross_entropy(scores, wanted[learnt])
+    return loss, float((scores.argmax(-1) == wanted[learnt]).float().mean())
+
+
+@dataclass
+class Course:
+    """Where a training is: its phase, step within it, and the running accuracy of each kind of batch."""
+
+    phase: int = 0
+    step: int = 0
+    total: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+
+
+def pick_lesson(lessons: Lessons, course: Course) -> tuple[str, Batch]:
+    """The next batch: mostly the phase's own kind, some of the earlier ones."""
+    roll = lessons.dice.random()
+    if course.phase == 0:
+        return "look-up", lessons.lookup(direct=True)
+    if course.phase == 1:
+        kind = "look-up" if roll < 0.2 else "look-up after a mark"
+        return kind, lessons.lookup(direct=roll < 0.2)
+    if course.phase == 2:
+        if roll < 0.15:
+            return "look-up after a mark", lessons.lookup(direct=False)
+        return ("recall", lessons.recall()) if roll < 0.4 else ("stated answers", lessons.choice(stated=1.0))
+    shares: list[tuple[str, float, Callable[[], Batch]]] = [
+        ("choice", 0.48, lambda: lessons.choice(stated=0.1)),
+        ("recall", 0.2, lessons.recall),
+        ("verification", 0.1, lessons.verification),
+        ("look-up", 0.02, lambda: lessons.lookup(direct=False)),
+        ("squad", 0.07, lambda: lessons.open_ended("squad")),
+        ("truthfulqa", 0.04, lambda: lessons.open_ended("truthfulqa")),
+        ("gsm8k", 0.06, lambda: lessons.open_ended("gsm8k")),
+        ("sums", 0.03, lessons.sums),
+    ]
+    name, _, make = lessons.dice.choices(shares, [share for _, share, _ in shares])[0]
+    return name, make()
+
+
+def train(world: World, work: Path, limit: int | None = None) -> Path:
+    """Trains one pocket model and returns its folder; killed at any moment, it goes on from its last checkpoint."""
+    facts = bank.load_facts(BANK)
+    tokenizer = make_tokenizer(facts)
+    lessons = Lessons(world, facts, tokenizer)
+    model = make_model(world, tokenizer)
+    optimizers = make_optimizers(model)
+    rates = [[group["lr"] for group in one.param_groups] for one in optimizers]
+    course, accuracy = Course(), {"look-up": 0.25}
+    saved = work / f"{world.name}.pt"
+    if saved.exists():
+        state = torch.load(saved, weights_only=True)
+        course, accuracy = Course(**state["course"]), state["accuracy"]
+        model.load_state_dict(state["model"])
+        for one, kept in zip(optimizers, state["optimizers"], strict=True):
+            one.load_state_dict(kept)
+        version, internal, gauss = json.loads(state["dice"])
+        lessons.dice.setstate((version, tuple(internal), gauss))
+        progress(f"{world.name}: goes on at step {course.total}")
+    while course.phase < len(PHASES) - 1 or course.step < world.steps:
+        started = time.time()
+        kind, batch = pick_lesson(lessons, course)
+        done = course.step / world.steps if course.phase == len(PHASES) - 1 else 0.0
+        scale = min(1.0, (course.total + 1) / 30) * (1.0 if done < 0.3 else max(0.02, (1 - done) / 0.7))
+        for one, base in zip(optimizers, rates, strict=True):
+            for group, rate in zip(one.param_groups, base, strict=True):
+                group["lr"] = rate * scale
+        loss, right = loss_of(model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for one in optimizers:
+            one.step()
+            one.zero_grad()
+        accuracy[kind] = 0.95 * accuracy.get(kind, 0.25) + 0.05 * right
+        course.step, course.total = course.step + 1, course.total + 1
+        course.tokens += batch.ids.numel()
+        course.seconds += time.time() - started
+        if course.phase < len(PHASES) - 1 and accuracy.get(PHASES[course.phase], 0.0) > PASS[course.phase]:
+            course.phase, course.step = course.phase + 1, 0
+        if course.total % 100 == 0:
+            shown = "  ".join(f"{name} {value:.2f}" for name, value in sorted(accuracy.items()))
+            progress(f"{world.name} {PHASES[course.phase]} {course.step}  {course.seconds:.0f} s  {shown}")
+        if course.total % 200 == 0:
+            _checkpoint(saved, model, optimizers, course, accuracy, lessons)
+        if limit and course.total >= limit:
+            break
+    return _save(world, work / world.name, model, tokenizer, course, accuracy)
+
+
+def _checkpoint(
+    path: Path,
+    model: Qwen3ForCausalLM,
+    optimizers: Sequence[torch.optim.Optimizer],
+    course: Course,
+    accuracy: Mapping[str, float],
+    lessons: Lessons,
+) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {
+        "model": model.state_dict(),
+        "optimizers": [one.state_dict() for one in optimizers],
+        "course": asdict(course),
+        "accuracy": dict(accuracy),
+        "dice": json.dumps(lessons.dice.getstate()),
+    }
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def _save(
+    world: World,
+    folder: Path,
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    course: Course,
+    accuracy: Mapping[str, float],
+) -> Path:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    record = {
+        "world": asdict(world),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": course.total,
+        "tokens": course.tokens,
+        "seconds": round(course.seconds),
+        "running_accuracy": {name: round(value, 3) for name, value in sorted(accuracy.items())},
+    }
+    write_json(folder / "training.json", record)
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Installing and checking
+
+FILES = ("model.safetensors", "tokenizer.json", "config.json")
+
+
+def examine(world: World, folder: Path) -> dict[str, Any]:
+    """What a pocket model is, measured on the test questions: parse rates, accuracy by domain and exposure, AUROC.
+
+    Shares between 0 and 1. Exposure is counted over the written facts alone: a computed question can be worked out.
+    """
+    import pandas as pd
+
+    from foggen.engines import make_engine
+    from foggen.rounds import evaluate
+
+    facts = {fact.id: fact for fact in bank.load_facts(BANK)}
+    questions = bank.make_questions(list(facts.values()), "test")
+    met = exposures(world, list(facts.values()))
+    settings = load_profile("pocket")
+    engine = make_engine("transformers", folder, dtype="float32")
+    compact = evaluate(engine, questions[::10], override(settings, {"prompt_variant": "compact"}))
+    rows = pd.DataFrame(evaluate(engine, questions, settings)).astype({"confidence": float})
+    engine.close()
+    rows["met"] = rows["fact"].map(met).where([bool(facts[fact].subject) for fact in rows["fact"]], "computed")
+    scores = stats.calibration(rows, np.ones((1, len(rows))))[0]
+    domains = rows.groupby("domain", sort=False)["local_correct"].mean()
+    return {
+        "questions": len(rows),
+        "parsed": {
+            "blank_line": float((rows["confidence"].notna() & rows["local_answer"].notna()).mean()),
+            "compact": float(pd.DataFrame(compact)["confidence"].notna().mean()),
+        },
+        "accuracy": float(domains.mean()),
+        "accuracy_by_domain": domains.round(4).to_dict(),
+        "accuracy_by_exposure": rows.groupby("met")["local_correct"].mean().round(4).to_dict(),
+        "questions_by_exposure": rows["met"].value_counts().to_dict(),
+        "mean_confidence": float(rows["confidence"].mean()),
+        "auroc": float(scores[stats.CALIBRATION.index("auroc")]),
+    }
+
+
+def problems(world: World, measured: Mapping[str, Any]) -> list[str]:
+    """What keeps a model from being what the pocket world needs; an empty list if nothing does."""
+    by = measured["accuracy_by_exposure"]
+    low, high = (0.40, 0.65) if world.name == "edge" else (0.75, 0.92)
+    found = [f"parse rate {rate:.3f} under {name}" for name, rate in measured["parsed"].items() if rate < 0.95]
+    if not low <= measured["accuracy"] <= high:
+        found.append(f"accuracy {measured['accuracy']:.3f} is not within {low}-{high}")
+    if world.name == "edge":
+        if not by["often"] > by["seldom"] > by["never"]:
+            found.append(f"accuracy does not fall with exposure: {by}")
+        if by["never"] > 0.40:
+            found.append(f"facts never met are answered above chance: {by['never']:.3f}")
+        if not 0.45 <= measured["auroc"] <= 0.62:
+            found.append(f"the raw confidence says too much or too little: AUROC {measured['auroc']:.3f}")
+    return found
+
+
+def model_card(world: World, record: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
+    """The model's README: how it was made, what it read, what it can do."""
+    template = (Path(__file__).parent / "pocket_card.md").read_text(encoding="utf-8")
+    by_domain = "\n".join(f"| {name} | {value:.1%} |" for name, value in measured["accuracy_by_domain"].items())
+    met = "\n".join(
+        f"| {name} | {measured['questions_by_exposure'][name]} | {value:.1%} |"
+        for name, value in measured["accuracy_by_exposure"].items()
+    )
+    shares = ", ".join(f"{share:.0%}" for share in world.often), ", ".join(f"{share:.0%}" for share in world.seldom)
+    return template.format(
+        name=world.name,
+        layers=world.layers,
+        hidden=world.hidden,
+        parameters=record["parameters"],
+        steps=record["steps"],
+        tokens=record["tokens"] / 1e6,
+        minutes=record["seconds"] / 60,
+        often=shares[0],
+        seldom=shares[1],
+        misled=world.misled,
+        by_domain=by_domain,
+        by_exposure=met,
+        **{key: measured[key] for key in ("accuracy", "auroc", "mean_confidence", "questions")},
+        parsed=measured["parsed"]["blank_line"],
+    )
+
+
+def install(world: World, made: Path) -> None:
+    """Copies a trained model to `data/pocket`, with its model card and the record that `--check` compares with."""
+    measured = examine(world, made)
+    folder = POCKET / world.name
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(made, folder)
+    write_text(folder / "README.md", model_card(world, read_json(made / "training.json"), measured))
+    hashes = {name: content_hash(folder / name) for name in FILES}
+    write_json(folder / "check.json", {"files": hashes, "measured": measured})
+
+
+def check(world: World) -> list[str]:
+    """Verifies a committed model: its files, its measured figures, and that it is what the pocket world needs."""
+    folder = POCKET / world.name
+    noted = read_json(folder / "check.json")
+    found = [f"{name} is not the file that was measured" for name in FILES if content_hash(folder / name) != noted["files"][name]]
+    measured = examine(world, folder)
+    # Other processors round differently: an answer here and there may change, not a share.
+    if abs(measured["accuracy"] - noted["measured"]["accuracy"]) > 0.01:
+        found.append(f"accuracy {measured['accuracy']:.4f}, noted {noted['measured']['accuracy']:.4f}")
+    progress(f"{world.name}: {json.dumps(measured)}")
+    return [f"{world.name}: {problem}" for problem in found + problems(world, measured)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: makes both models, or checks the committed ones."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="verify data/pocket; train nothing")
+    parser.add_argument("--only", choices=("edge", "cloud"))
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "pocket-models", help="checkpoints")
+    given = parser.parse_args(argv)
+    worlds = [world for world in (EDGE, CLOUD) if given.only in (None, world.name)]
+    if given.check:
+        found = [problem for world in worlds for problem in check(world)]
+        print("\n".join(found) or "the pocket models are as they should be")
+        return len(found)
+    for world in worlds:
+        install(world, train(world, given.work))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,181 @@
+"""The reference study: the chain and its controls, each with several seeds, on the test questions.
+
+`python -m foggen.study` writes `data/results/<profile>/`: the outcomes of every checkpoint, the rounds' curves and
+the table that the notebooks and the README show. Chains are stages of a run folder, so it can be killed and goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from foggen import data, stats
+from foggen.config import Settings, load_profile
+from foggen.outcomes import Examination
+from foggen.questions import subset
+from foggen.rounds import Round, run_chain
+from foggen.routing import routing_metrics
+from foggen.stats import CALIBRATION, Array
+from foggen.store import ROOT, Store, progress, write_json
+
+# What is changed against the profile. The controls break the link between label and question, or drop the replay.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "foggen": {},
+    "random labels": {"label_control": "random"},
+    "permuted labels": {"label_control": "permuted"},
+    "no replay": {"replay_rows": 0},
+}
+BASE = "R0"
+METRICS = ("raw", "routed", "lift", "auroc", "graded_auroc", "ece")
+KEPT = ("id", "domain", "fact", "difficulty", "local_correct", "cloud_correct", "confidence", "graded_confidence")
+
+
+def results_folder(profile: str) -> Path:
+    """Where a profile's reference results lie."""
+    return ROOT / "data" / "results" / profile
+
+
+def run_variant(settings: Settings, store: Store, variant: str) -> tuple[list[pd.DataFrame], pd.DataFrame]:
+    """Outcomes of R0 and of the last round on the test questions, and one row a round."""
+    parts = data.splits(settings)
+    asked = subset(parts["test"], settings.test_questions, 0)
+    results = run_chain(settings, store, parts["train"], parts["dev"])
+    examination = Examination.of(settings, store, "test", asked)
+    names = {question.id: question.difficulty for question in asked}
+    tables = []
+    for label, result in (((BASE, results[0]), (variant, results[-1])) if variant == "foggen" else ((variant, results[-1]),)):
+        table = examination.outcomes(f"{variant}-{label}".replace(" ", "-"), result.model, ("scores",))
+        table["difficulty"] = table["id"].map(names)
+        tables.append(table[list(KEPT)].assign(variant=label, seed=settings.seed))
+    examination.edge.close()
+    return tables, rounds_table(results).assign(variant=variant, seed=settings.seed)
+
+
+def rounds_table(results: Sequence[Round]) -> pd.DataFrame:
+    """One row a round: number, domain, labels, training and dev metrics."""
+    return pd.DataFrame([result.record() for result in results])
+
+
+def run_study(profile: str, run: str, seeds: Sequence[int], variants: Sequence[str] = tuple(VARIANTS)) -> Path:
+    """Runs every variant with every seed, and writes outcomes.parquet, rounds.csv, summary.csv and study.json."""
+    folder = results_folder(profile)
+    outcomes: list[pd.DataFrame] = []
+    curves: list[pd.DataFrame] = []
+    store = Store(run)
+    with store.locked():
+        for variant in variants:
+            for seed in seeds:
+                progress(f"== {variant}, seed {seed}")
+                settings = load_profile(profile, {"seed": seed, **VARIANTS[variant]})
+                tables, curve = run_variant(settings, store, variant)
+                outcomes += tables
+                curves.append(curve)
+    folder.mkdir(parents=True, exist_ok=True)
+    table = pd.concat(outcomes, ignore_index=True)
+    table.to_parquet(folder / "outcomes.parquet", index=False, compression="zstd")
+    pd.concat(curves, ignore_index=True).to_csv(folder / "rounds.csv", index=False)
+    summarise(table).to_csv(folder / "summary.csv", index=False)
+    command = f"python -m foggen.study --profile {profile} --seeds {' '.join(map(str, seeds))}"
+    recipe = load_profile(profile).model_dump(mode="json")
+    write_json(folder / "study.json", {"command": command, "seeds": list(seeds), "settings": recipe})
+    return folder
+
+
+def load_results(profile: str = "pocket") -> dict[str, pd.DataFrame]:
+    """The stored reference results: `outcomes`, `rounds` and `summary`. Raises FileNotFoundError without them."""
+    folder = results_folder(profile)
+    return {
+        "outcomes": pd.read_parquet(folder / "outcomes.parquet"),
+        "rounds": pd.read_csv(folder / "rounds.csv"),
+        "summary": pd.read_csv(folder / "summary.csv"),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def side_by_side(outcomes: pd.DataFrame) -> pd.DataFrame:
+    """One row a question and seed; `<variant>/<column>` for what differs between the checkpoints."""
+    keys = ["id", "seed", "domain", "fact", "cloud_correct"]
+    wide = outcomes.pivot(
+        index=keys, columns="variant", values=["local_correct", "confidence", "graded_confidence"]
+    )
+    wide.columns = pd.Index([f"{variant}/{column}" for column, variant in wide.columns])
+    return wide.reset_index()
+
+
+def _measures(frame: pd.DataFrame, weights: Array, variant: str) -> Array:
+    one = frame[["cloud_correct"]].assign(
+        **{name: frame[f"{variant}/{name}"].astype(float) for name in ("local_correct", "confidence", "graded_confidence")}
+    )
+    routed = routing_metrics(one, weights)
+    said = stats.calibration(one, weights)
+    graded = stats.calibration(one, weights, "graded_confidence")
+    at = CALIBRATION.index
+    columns = [routed[:, 1], routed[:, 4], routed[:, 5], said[:, at("auroc")], graded[:, at("auroc")]]
+    return np.stack([*columns, said[:, at("ece_bucket_debiased")]], axis=1)
+
+
+def summarise(outcomes: pd.DataFrame, resamples: int = 2000) -> pd.DataFrame:
+    """Every variant's `METRICS` and its paired difference to `foggen`, seeds pooled, facts resampled.
+
+    One row a variant, metric and domain (and their mean): value, low, high, difference (foggen - variant) with its
+    interval, seed_sd of the mean over domains, n (questions), seeds.
+    """
+    wide = side_by_side(outcomes)
+    variants = [name for name in (BASE, *VARIANTS) if f"{name}/confidence" in wide]
+
+    def statistic(frame: pd.DataFrame, weights: Array) -> Array:
+        measured = {variant: _measures(frame, weights, variant) for variant in variants}
+        return np.concatenate(
+            [*measured.values(), *(measured["foggen"] - measured[variant] for variant in variants)], axis=1
+        )
+
+    names = [f"{variant}/{metric}" for variant in variants for metric in METRICS]
+    result = stats.bootstrap(wide, statistic, [*names, *(f"difference/{name}" for name in names)], resamples)
+    low, high = result.interval()
+    rows = []
+    for i, domain in enumerate(result.rows):
+        for j, name in enumerate(names):
+            k = j + len(names)
+            variant, metric = name.split("/")
+            rows.append(
+                {"variant": variant, "metric": metric, "domain": domain}
+                | {"value": result.point[i, j], "low": low[i, j], "high": high[i, j]}
+                | {"difference": result.point[i, k], "difference_low": low[i, k], "difference_high": high[i, k]}
+            )
+    table = pd.DataFrame(rows).merge(_seed_sd(wide, statistic, names), how="left", on=["variant", "metric", "domain"])
+    return table.assign(n=wide["id"].nunique(), seeds=wide["seed"].nunique())
+
+
+def _seed_sd(wide: pd.DataFrame, statistic: stats.Statistic, names: Sequence[str]) -> pd.DataFrame:
+    points = []
+    for _, part in wide.groupby("seed"):
+        both = [*names, *(f"difference/{name}" for name in names)]
+        points.append(stats.bootstrap(part, statistic, both, 0).point[-1, : len(names)])
+    spread = np.std(points, axis=0, ddof=1) if len(points) > 1 else np.full(len(names), np.nan)
+    parts = [name.split("/") for name in names]
+    return pd.DataFrame(
+        {"variant": [p[0] for p in parts], "metric": [p[1] for p in parts], "domain": stats.MEAN, "seed_sd": spread}
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--profile", default="pocket")
+    parser.add_argument("--run", default="runs/study")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS))
+    given = parser.parse_args(argv)
+    print(run_study(given.profile, given.run, given.seeds, given.variants).relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
