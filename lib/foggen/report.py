@@ -35,8 +35,8 @@ th{{border-bottom:2px solid #888}} td:first-child,th:first-child,td:last-child{{
 </style></head><body><h1>{title}</h1><p>{about}</p>{body}</body></html>
 """
 ABOUT = (
-    "{n:,} questions in {domains} domains. Answers with a confidence of at least {tau:g} are kept, others and unparsed "
-    "ones go to the cloud. Shares are percent with 95% intervals (percentile bootstrap over facts, stratified by domain, "
+    "{n:,} questions in {domains} domains. Answers with confidence of at least {tau:g} are kept, others and unparsed "
+    "ones go to the cloud. Shares are percent with 95% intervals (percentile bootstrap over facts within domains, "
     "{resamples:,} resamples); mean is the mean over domains. Lift is accuracy over random routing of the same share."
 )
 

@@ -55,10 +55,10 @@ REASONS = {
     "gold_share": "needs a column gold of letters",
     "gap_recovered": "cloud not better than local, there is no gap to recover",
     "extra_tokens": "needs a column of token counts",
-    "p": "not at the same cloud share, or FogGen itself",
-    "difference": "not at the same cloud share",
 } | stats.REASONS
-REASONS["p_holm"] = REASONS["p"]
+REASONS |= dict.fromkeys(
+    ("difference", "p", "p_holm"), "not compared (FogGen itself, or another cloud share)"
+)
 
 
 class OutcomesError(ValueError):
@@ -68,28 +68,27 @@ class OutcomesError(ValueError):
 # ---- the outcomes table
 
 
+def _read_csv(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, dtype=str, keep_default_na=False)  # a domain called NA is a name
+
+
+def _read_jsonl(path: Path) -> pd.DataFrame:
+    return pd.DataFrame([json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()])
+
+
+READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": pd.read_parquet}
+
+
 def read_outcomes(path: Path | str) -> pd.DataFrame:
     """Read and check outcomes from a .csv, .jsonl or .parquet file; raises `OutcomesError`."""
     path = Path(path)
     if not path.is_file():
         raise OutcomesError(f"{path}: no such file; expected outcomes as .csv, .jsonl or .parquet")
     try:
-        if path.suffix == ".csv":  # only numbers may be empty: a domain called NA stays a name
-            frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-        elif path.suffix == ".jsonl":
-            frame = pd.DataFrame(
-                [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
-            )
-        elif path.suffix == ".parquet":
-            frame = pd.read_parquet(path)
-        else:
-            raise OutcomesError(f"{path}: unknown ending; expected .csv, .jsonl or .parquet")
-    except (
-        pd.errors.ParserError,
-        pd.errors.EmptyDataError,
-        UnicodeDecodeError,
-        json.JSONDecodeError,
-    ) as error:
+        frame = READERS[path.suffix](path)
+    except KeyError:
+        raise OutcomesError(f"{path}: unknown ending; expected .csv, .jsonl or .parquet") from None
+    except ValueError as error:  # every reader's own error is one
         raise OutcomesError(f"{path}: not readable as {path.suffix}: {error}") from error
     return check_outcomes(frame, str(path))
 

@@ -28,6 +28,8 @@ Policy = TypeVar("Policy")
 MEAN = "mean"
 CALIBRATION = ("parsed", "ece_bucket", "ece_bucket_debiased", "ece_mass", "ece_mass_debiased", "brier", "reliability",
                "resolution", "uncertainty", "auroc", "auprc_errors", "aurc")  # fmt: skip
+ROUND = ("local_accuracy", "mean_confidence", "ece", "auroc", "parse_rate",
+         *(f"bucket {bucket:g}" for bucket in BUCKETS))  # fmt: skip
 REASONS = {"auroc": "answers all right or all wrong", "auprc_errors": "no wrong answer"}
 REASONS |= dict.fromkeys(CALIBRATION[1:9], "no parsed confidence")
 _CHUNK = 256  # resamples evaluated together: 256 x 2,300 float32 weights stay in the cache
@@ -312,6 +314,30 @@ def calibration_table(
 
 
 # ---- comparing routers
+
+
+def _round(frame: pd.DataFrame, weights: Array) -> Array:
+    """The `ROUND` metrics (resamples, metrics) of one checkpoint."""
+    stated, correct = frame["confidence"].to_numpy(float), frame["local_correct"].to_numpy(float)
+    said = stated[:, None] == np.array(BUCKETS)
+    sums = weights @ np.column_stack([correct, np.nan_to_num(stated), ~np.isnan(stated), said]).astype(weights.dtype)
+    measured = dict(zip(CALIBRATION, calibration(frame, weights).T, strict=True))
+    columns = [ratio(sums[:, 0], weights.sum(axis=1)), ratio(sums[:, 1], sums[:, 2])]
+    columns += [measured[name] for name in ("ece_bucket_debiased", "auroc", "parsed")]
+    return np.column_stack([*columns, sums[:, 3:] / weights.sum(axis=1, keepdims=True)])
+
+
+def round_table(outcomes: Mapping[int, pd.DataFrame], resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """`ROUND` per round and domain, and the mean over domains, each with a 95% interval: what `round_curves` draws.
+
+    `outcomes` maps round numbers to the outcomes of their checkpoints; all rounds see the same resamples.
+    """
+    parts = [
+        annotate(bootstrap(frame, _round, ROUND, resamples, seed).table(), frame, REASONS).assign(round=number)
+        for number, frame in outcomes.items()
+    ]
+    table = pd.concat(parts, ignore_index=True)
+    return table[["round", *table.columns.drop("round")]]
 
 
 def accuracy_at_share(score: Array, local: Array, cloud: Array, weights: Array, share: ArrayLike) -> Array:

@@ -1,0 +1,49 @@
+"""Synthetic outcomes tables with known parameters."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+LEVELS = np.array([0.0, 0.25, 0.5, 0.75, 1.0])
+STATED = np.array([0.1, 0.15, 0.2, 0.25, 0.3])  # how often each level is stated
+LOCAL = np.array([0.25, 0.4, 0.5, 0.65, 0.85])  # P(local right | level)
+CLOUD = np.array([0.6, 0.65, 0.7, 0.75, 0.8])
+
+
+def make_outcomes(
+    n: int = 300, domains: int = 3, seed: int = 0, per_fact: int = 1, rich: bool = False
+) -> pd.DataFrame:
+    """`n` questions a domain; with `per_fact` > 1 all questions of a fact share confidence and correctness."""
+    dice = np.random.default_rng(seed)
+    parts = []
+    for d in range(domains):
+        fact = np.arange(n) // per_fact
+        level = dice.choice(5, fact[-1] + 1, p=STATED)[fact]
+        local = (dice.random(fact[-1] + 1)[fact] < LOCAL[level]).astype(float)
+        cloud = (dice.random(fact[-1] + 1)[fact] < CLOUD[level]).astype(float)
+        part = pd.DataFrame({"id": [f"d{d}-{i}" for i in range(n)], "domain": f"domain{d}"})
+        part = part.assign(local_correct=local, cloud_correct=cloud, confidence=LEVELS[level])
+        if per_fact > 1:
+            part["fact"] = [f"d{d}/{f}" for f in fact]
+        parts.append(_rich(part, dice) if rich else part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def _rich(part: pd.DataFrame, dice: np.random.Generator) -> pd.DataFrame:
+    """Every optional column."""
+    n, right = len(part), part["local_correct"].to_numpy()
+    gold = dice.choice(list("ABCD"), n)
+    answer = np.where(right == 1, gold, np.where(gold == "A", "B", "A"))
+    noisy = np.clip(part["confidence"] + dice.normal(0, 0.15, n), 0, 1)
+    votes = [
+        "".join(np.where(dice.random(8) < 0.3 + 0.5 * r, a, "-")) for r, a in zip(right, answer, strict=True)
+    ]
+    words = np.where(right == 1, "easy", "hard")
+    text = [f"{w if dice.random() < 0.7 else 'plain'} question {i}" for i, w in enumerate(words)]
+    tokens = {"local_tokens": 14, "cloud_tokens": 30, "sample_tokens": 112, "verification_tokens": 400}
+    scores = {"graded_confidence": noisy, "option_probability": noisy, "p_true": noisy[::-1].copy()}
+    return part.assign(
+        gold=gold, n_options=4, local_answer=answer, cloud_answer=gold, votes=votes, verification=0.5, question=text,
+        **scores, **tokens,
+    )  # fmt: skip
