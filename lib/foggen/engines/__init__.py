@@ -1,4 +1,4 @@
-"""Engines: the one place where models run. A profile's `engine:` value picks one; the rest of its block are options."""
+"""Engines: the one place where models run. A profile's `engine:` picks one; the rest of its block are options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KINDS = ("transformers", "vllm", "openai")
 
 
 def make_engine(kind: str, model: str | Path, **options: Any) -> Engine:
-    """`kind` is transformers, vllm or openai; `model` a folder or hub name; options go to the engine's constructor.
+    """`kind`: transformers, vllm or openai; `model`: a folder or hub name; options go to the constructor.
 
     Imports happen here, so that a machine needs only the packages of the engine it uses.
     """

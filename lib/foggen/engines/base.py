@@ -16,7 +16,7 @@ class EngineError(RuntimeError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to continue a prompt: `n` texts each; temperature 0 is greedy; `stop` strings end a text and are cut off."""
+    """How to continue a prompt: `n` texts; temperature 0 is greedy; `stop` strings end a text and are cut off."""
 
     n: int = 1
     temperature: float = 0.0
@@ -49,7 +49,7 @@ class Engine(Protocol):
     def score(
         self, prompts: Sequence[Messages], continuations: Sequence[Sequence[str]], temperature: float = 1.0
     ) -> list[list[float]]:
-        """log P(continuation | prompt) in nats, under softmax(logits / temperature) over the whole vocabulary."""
+        """log P(continuation | prompt) in nats, under softmax(logits / temperature) over all tokens."""
         ...
 
     def reload(self, path: Path) -> None:

@@ -1,8 +1,7 @@
-"""Runs any `AutoModelForCausalLM`, on a CPU or a GPU: shared prefixes once, big batches, n samples from one prefill."""
+"""Runs any `AutoModelForCausalLM` on a CPU or GPU: shared prefixes once, big batches, n samples a prefill."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import logging
 from collections import Counter
@@ -13,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from foggen.engines.base import Completion, EngineError, Sampling, cut_at_stop
+from foggen.engines.tree import State, attention, new_state, tree_problem
 from foggen.prompts import Messages, encode_chat, plain_ids
 
 log = logging.getLogger(__name__)
@@ -40,28 +40,37 @@ class TransformersEngine:
         self.token_budget = token_budget
         self.device: torch.device = model.device
         self.end_ids = _end_ids(model, tokenizer)
+        problem = tree_problem(model)
+        self.tree = problem is None
+        if problem:
+            log.info("%s: shared beginnings are copied, since %s", self.name, problem)
 
     @classmethod
     def load(
         cls, path: str | Path, dtype: str = "auto", device: str = "auto", **options: Any
     ) -> TransformersEngine:
-        """From a folder or hub name. `dtype`: auto, float32, bfloat16 or float16; `device`: auto, cpu, cuda, ..."""
+        """From a folder or hub name. `dtype`: auto, float32, bfloat16, float16; `device`: auto, cpu, cuda..."""
         where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=pick_dtype(dtype, where)).to(where)
-        return cls(model, AutoTokenizer.from_pretrained(path), str(path), **options)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=pick_dtype(dtype, where))
+        return cls(
+            model.to(where),  # type: ignore[arg-type]
+            AutoTokenizer.from_pretrained(path),
+            str(path),
+            **options,
+        )
 
     def generate(self, prompts: Sequence[Messages], sampling: Sampling) -> list[list[Completion]]:
         """As in `Engine`. A prompt's samples depend on the seed and on itself, not on its neighbours."""
         prefix, rest = split_prefix([encode_chat(self.tokenizer, messages) for messages in prompts])
         noise = sample_noise(prefix, rest, sampling) if sampling.temperature > 0 else None
         results: list[list[Completion]] = [[] for _ in prompts]
-        with torch.inference_mode():
+        with attention(self.model, self.tree):
             root = self._root(prefix)
             for batch in self._batches(rest, len(prefix) + sampling.max_tokens, sampling.n):
                 uniform = (
                     None if noise is None else torch.from_numpy(noise[batch]).flatten(0, 1).to(self.device)
                 )
-                rows = self._continue(root, len(prefix), [rest[i] for i in batch], sampling, uniform)
+                rows = self._continue(root, [rest[i] for i in batch], sampling, uniform)
                 texts = [self._completion(row, sampling) for row in rows]
                 for place, index in enumerate(batch):
                     results[index] = texts[place * sampling.n : (place + 1) * sampling.n]
@@ -70,7 +79,7 @@ class TransformersEngine:
     def score(
         self, prompts: Sequence[Messages], continuations: Sequence[Sequence[str]], temperature: float = 1.0
     ) -> list[list[float]]:
-        """As in `Engine`. One prefill a prompt; continuations that share their beginning share its computation."""
+        """As in `Engine`. One prefill a prompt; continuations with a common beginning share its computation."""
         ids = [encode_chat(self.tokenizer, messages) for messages in prompts]
         ends = [[plain_ids(self.tokenizer, text) for text in texts] for texts in continuations]
         if not all(all(texts) for texts in ends):
@@ -79,12 +88,10 @@ class TransformersEngine:
         results: list[list[float]] = [[] for _ in prompts]
         longest = max((len(end) for texts in ends for end in texts), default=0)
         width = max((len(texts) for texts in ends), default=1)
-        with torch.inference_mode():
+        with attention(self.model, self.tree):
             root = self._root(prefix)
             for batch in self._batches(rest, len(prefix) + longest, max(width, 1)):
-                scores = self._score(
-                    root, len(prefix), [rest[i] for i in batch], [ends[i] for i in batch], temperature
-                )
+                scores = self._score(root, [rest[i] for i in batch], [ends[i] for i in batch], temperature)
                 for index, row in zip(batch, scores, strict=True):
                     results[index] = row
         return results
@@ -92,90 +99,65 @@ class TransformersEngine:
     def reload(self, path: Path) -> None:
         """Takes new weights; nothing of the old ones is kept (prefix caches live for one call)."""
         fresh = AutoModelForCausalLM.from_pretrained(path, dtype=self.model.dtype)
-        self.model = fresh.to(self.device).eval()
+        self.model = fresh.to(self.device).eval()  # type: ignore[arg-type]
 
     def close(self) -> None:
         """Frees the weights."""
         del self.model
 
-    def _root(self, prefix: Ids) -> DynamicCache:
-        """KV cache of the common prefix, batch 1."""
-        cache = DynamicCache(config=self.model.config)
+    def _root(self, prefix: Ids) -> State:
+        """The common prefix, computed once."""
+        root = new_state(self.model, self.tree)
         if prefix:
-            self.model(
-                input_ids=self._tensor([prefix]), past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
-        return cache
+            root.extend(self._tensor([prefix]))
+        return root
 
-    def _prefill(
-        self, root: DynamicCache, depth: int, rows: list[Ids]
-    ) -> tuple[Any, torch.Tensor, torch.Tensor]:
-        """Logits after each row [rows, vocabulary], its cache, its mask [rows, depth + width]; pads on the left."""
+    def _prefill(self, root: State, rows: list[Ids]) -> tuple[State, torch.Tensor]:
+        """The state after each row, and its logits [rows, vocabulary]; pads on the left."""
         width = max(map(len, rows))
+        state = root.fork(len(rows))
         ids = self._tensor([[0] * (width - len(row)) + row for row in rows])
-        mask = self._tensor([[1] * depth + [0] * (width - len(row)) + [1] * len(row) for row in rows])
-        cache = copy.deepcopy(root)
-        cache.batch_repeat_interleave(len(rows))
-        out = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, depth:],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return out.past_key_values, out.logits[:, -1], mask
+        padded = any(len(row) < width for row in rows)
+        real = self._tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]) if padded else None
+        return state, state.extend(ids, real)[:, -1]
 
     def _continue(
-        self,
-        root: DynamicCache,
-        depth: int,
-        rows: list[Ids],
-        sampling: Sampling,
-        uniform: torch.Tensor | None,
+        self, root: State, rows: list[Ids], sampling: Sampling, uniform: torch.Tensor | None
     ) -> list[Ids]:
         """Generated ids of `n` continuations of each row, in row order; the end token is kept."""
-        cache, logits, mask = self._prefill(root, depth, rows)
-        if sampling.n > 1:
-            cache.batch_repeat_interleave(sampling.n)
-            logits, mask = (part.repeat_interleave(sampling.n, 0) for part in (logits, mask))
+        state, logits = self._prefill(root, rows)
+        state, logits = state.fork(sampling.n), logits.repeat_interleave(sampling.n, 0)
         alive = torch.arange(len(logits), device=self.device)
         done: list[Ids] = [[] for _ in range(len(logits))]
-        position = mask.sum(-1, keepdim=True)
         for step in range(sampling.max_tokens):
             token = pick_tokens(
                 logits, sampling.temperature, None if uniform is None else uniform[alive, step]
             )
             going = self._append(done, alive.tolist(), token.tolist(), sampling)
-            if not any(going) or step + 1 == sampling.max_tokens:
+            if not going.any() or step + 1 == sampling.max_tokens:
                 break
-            if not all(going):
-                keep = torch.tensor(going, device=self.device).nonzero()[:, 0]
-                cache.batch_select_indices(keep)
-                alive, token, mask, position = (part[keep] for part in (alive, token, mask, position))
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
-            out = self.model(
-                input_ids=token[:, None],
-                attention_mask=mask,
-                position_ids=position,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            logits, position = out.logits[:, -1], position + 1
+            groups = going.view(-1, sampling.n).any(1)
+            if not groups.all():
+                rest = state.keep(groups.nonzero()[:, 0])
+                alive, token = alive[rest], token[rest]
+            logits = state.extend(token[:, None], room=sampling.max_tokens)[:, -1]
         return done
 
-    def _append(self, done: list[Ids], alive: list[int], tokens: list[int], sampling: Sampling) -> list[bool]:
-        """Adds a step's tokens to the rows alive; says which of these go on."""
-        for row, token in zip(alive, tokens, strict=True):
-            done[row].append(token)
-        going = [token not in self.end_ids for token in tokens]
-        if sampling.stop:
-            texts = self.tokenizer.batch_decode([done[row] for row in alive], skip_special_tokens=True)
-            going = [
-                go and cut_at_stop(text, sampling.stop) == text for go, text in zip(going, texts, strict=True)
-            ]
-        return going
+    def _append(
+        self, done: list[Ids], alive: list[int], tokens: list[int], sampling: Sampling
+    ) -> torch.Tensor:
+        """Adds a step's tokens to the rows that go on; says which of these still do."""
+        going = [not self._ended(done[row], sampling) for row in alive]
+        for row, token, on in zip(alive, tokens, going, strict=True):
+            if on:
+                done[row].append(token)
+        return self._tensor([not self._ended(done[row], sampling) for row in alive])
+
+    def _ended(self, ids: Ids, sampling: Sampling) -> bool:
+        if not ids:
+            return False
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True)) if sampling.stop else ""
+        return ids[-1] in self.end_ids or cut_at_stop(text, sampling.stop) != text
 
     def _completion(self, ids: Ids, sampling: Sampling) -> Completion:
         whole = str(self.tokenizer.decode(ids, skip_special_tokens=True))
@@ -183,48 +165,39 @@ class TransformersEngine:
         return Completion(text, len(ids), ids[-1] in self.end_ids or text != whole)
 
     def _score(
-        self, root: DynamicCache, depth: int, rows: list[Ids], ends: list[list[Ids]], temperature: float
+        self, root: State, rows: list[Ids], ends: list[list[Ids]], temperature: float
     ) -> list[list[float]]:
-        """Log-probabilities of each row's ends. Only stems (ends without their last token) are run, each once."""
-        cache, logits, mask = self._prefill(root, depth, rows)
+        """Log-probabilities of each row's ends. Only stems (ends but for their last token) are run, once each."""
+        state, logits = self._prefill(root, rows)
         first = (logits.float() / temperature).log_softmax(-1)
         stems = [_stems(texts) for texts in ends]
-        owner = [row for row, own in enumerate(stems) for _ in own]
-        flat = [stem for own in stems for stem in own]
-        later = self._later(cache, mask, owner, flat, temperature) if flat else first[:0, None]
+        later = self._later(state, stems, temperature)
         results: list[list[float]] = []
         for row, texts in enumerate(ends):
-            base = owner.index(row) if stems[row] else 0
             results.append([])
             for end in texts:
                 total = first[row, end[0]]
                 if len(end) > 1:
                     stem = next(k for k, own in enumerate(stems[row]) if own[: len(end) - 1] == end[:-1])
                     places = torch.arange(len(end) - 1, device=self.device)
-                    total = total + later[base + stem, places, self._tensor(end[1:])].sum()
+                    total = total + later[row, stem, places, self._tensor(end[1:])].sum()
                 results[-1].append(float(total))
         return results
 
-    def _later(
-        self, cache: Any, mask: torch.Tensor, owner: list[int], stems: list[Ids], temperature: float
-    ) -> torch.Tensor:
-        """Log-probabilities after each token of each stem [stems, width, vocabulary]; pads on the right."""
-        width = max(map(len, stems))
-        index = self._tensor(owner)
-        cache.batch_select_indices(index)
-        positions = mask[index].sum(-1, keepdim=True) + torch.arange(width, device=self.device)
-        ones = torch.ones(len(stems), width, dtype=mask.dtype, device=self.device)
-        out = self.model(
-            input_ids=self._tensor([stem + [0] * (width - len(stem)) for stem in stems]),
-            attention_mask=torch.cat([mask[index], ones], -1),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return (out.logits.float() / temperature).log_softmax(-1)
+    def _later(self, state: State, stems: list[list[Ids]], temperature: float) -> torch.Tensor:
+        """Log-probabilities after each token of each stem [rows, stems, width, vocabulary]; pads on the right."""
+        most = max(map(len, stems))
+        width = max((len(stem) for own in stems for stem in own), default=0)
+        if not width:
+            return torch.empty(0)
+        flat = [stem for own in stems for stem in own + [[]] * (most - len(own))]
+        ids = self._tensor([stem + [0] * (width - len(stem)) for stem in flat])
+        logits = state.fork(most).extend(ids, last=False)
+        later = (logits.float() / temperature).log_softmax(-1)
+        return later.view(len(stems), most, *later.shape[1:])
 
     def _batches(self, rows: list[Ids], extra: int, n: int) -> Iterator[list[int]]:
-        """Indices of rows, longest first (so that memory peaks at once), at most `token_budget` tokens a batch."""
+        """Indices of rows, longest first (memory peaks at once), at most `token_budget` tokens a batch."""
         batch: list[int] = []
         for index in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
             width = len(rows[batch[0]]) if batch else 0
@@ -240,7 +213,7 @@ class TransformersEngine:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The named dtype; `auto`: bfloat16 where the hardware multiplies it, float16 on older GPUs, else float32."""
+    """The named dtype; `auto`: bfloat16 where the hardware has it, float16 on older GPUs, else float32."""
     if dtype != "auto":
         return getattr(torch, dtype)  # type: ignore[no-any-return]
     if device.type == "cuda":
@@ -262,7 +235,7 @@ def split_prefix(rows: list[Ids]) -> tuple[Ids, list[Ids]]:
 
 
 def sample_noise(prefix: Ids, rows: list[Ids], sampling: Sampling) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Uniform numbers [rows, n, max_tokens], a function of the seed, the row and how often the row came before."""
+    """Uniform numbers [rows, n, max_tokens]: a function of the seed, the row and how often it came before."""
     seen: Counter[bytes] = Counter()
     noise = np.empty((len(rows), sampling.n, sampling.max_tokens))
     for index, row in enumerate(rows):
