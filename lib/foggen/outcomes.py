@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from foggen import automix, confidence, engines, prompts, rounds
+from foggen import automix, confidence, engines, open_ended, prompts, rounds
 from foggen.config import Settings, derive_seed
 from foggen.engines import Engine, make_engine
 from foggen.prompts import VERIFY_DECISION, verify_messages
-from foggen.questions import Question
+from foggen.questions import OpenQuestion, Question
 from foggen.rounds import MODEL, Loan, edge_engine, model_folder
-from foggen.store import Store, digest, read_json, read_jsonl, write_json, write_jsonl
+from foggen.store import Store, digest, read_json, read_jsonl, write_json, write_jsonl, write_text
 
 PARTS = ("scores", "votes", "verification")
 
@@ -53,9 +53,19 @@ class Examination:
         """The outcomes table of a checkpoint (`label` names it in the store), with the optional `parts` asked for."""
         columns = [self._greedy(label, model), self._cloud()]
         columns += [getattr(self, f"_{part}")(label, model) for part in parts]
-        table = pd.concat(columns, axis=1)
-        table["question"] = [question.question for question in self.questions]
-        return table.assign(seed=self.settings.seed)
+        return self._named(pd.concat(columns, axis=1))
+
+    def local(self, label: str, model: Path) -> pd.DataFrame:
+        """The checkpoint's own part of the table, without the cloud: what a router may be trained on."""
+        return self._named(self._greedy(label, model))
+
+    def _named(self, table: pd.DataFrame) -> pd.DataFrame:
+        return table.assign(question=[one.question for one in self.questions], seed=self.settings.seed)
+
+    def seconds(self, label: str, model: Path) -> dict[str, float]:
+        """What answering and verifying all the questions took, in seconds on the machine that did it."""
+        folders = {"answers": self._answered(label, model), "verification": self._verified(label, model)}
+        return {part: float(read_json(folder / "stage.json")["seconds"]) for part, folder in folders.items()}
 
     def texts(self, label: str, model: Path) -> list[list[str]]:
         """The k verification texts of every question."""
@@ -83,13 +93,18 @@ class Examination:
     def _seed(self, part: str) -> int:
         return derive_seed(self.settings.seed, self.name, part)
 
-    def _greedy(self, label: str, model: Path) -> pd.DataFrame:
+    def _answered(self, label: str, model: Path) -> Path:
         def compute(folder: Path) -> None:
             rows = rounds.evaluate(self.edge.at(model), self.questions, self.settings)
             write_jsonl(folder / "rows.jsonl", rows)
 
-        folder = self._stage(f"{label}-answers", ("max_new_tokens", *MODEL), [model], compute, [rounds.evaluate])
-        return pd.DataFrame(read_jsonl(folder / "rows.jsonl")).astype({"confidence": float})
+        return self._stage(
+            f"{label}-answers", ("max_new_tokens", *MODEL), [model], compute, [rounds.evaluate]
+        )
+
+    def _greedy(self, label: str, model: Path) -> pd.DataFrame:
+        rows = read_jsonl(self._answered(label, model) / "rows.jsonl")
+        return pd.DataFrame(rows).astype({"confidence": float})
 
     def _cloud(self) -> pd.DataFrame:
         """The cloud gets the very prompt that the edge gets, and is asked once for all checkpoints."""
@@ -105,7 +120,11 @@ class Examination:
         local = [model_folder(cloud.model)] if cloud.engine != "openai" else []
         folder = self._stage("cloud", ("max_new_tokens", "cloud", "dtype"), local, compute, [rounds.evaluate])
         rows = pd.DataFrame(read_jsonl(folder / "rows.jsonl"))
-        names = {"local_answer": "cloud_answer", "local_correct": "cloud_correct", "local_tokens": "cloud_tokens"}
+        names = {
+            "local_answer": "cloud_answer",
+            "local_correct": "cloud_correct",
+            "local_tokens": "cloud_tokens",
+        }
         return rows[list(names)].rename(columns=names)
 
     def _scores(self, label: str, model: Path) -> pd.DataFrame:
@@ -149,7 +168,9 @@ class Examination:
         return pd.DataFrame(read_jsonl(folder / "rows.jsonl"))
 
     def _verified(self, label: str, model: Path) -> Path:
-        answers = [None if answer != answer else answer for answer in self._greedy(label, model)["local_answer"]]
+        answers = [
+            None if answer != answer else answer for answer in self._greedy(label, model)["local_answer"]
+        ]
 
         def compute(folder: Path) -> None:
             rule = self.settings.automix
@@ -167,3 +188,48 @@ class Examination:
 
     def _verification(self, label: str, model: Path) -> pd.DataFrame:
         return pd.DataFrame(read_json(self._verified(label, model) / "columns.json"))
+
+
+@dataclass
+class OpenExamination:
+    """One set of open-ended questions, put to checkpoints and to the cloud."""
+
+    settings: Settings
+    store: Store
+    questions: Sequence[OpenQuestion]
+    edge: Loan
+
+    def outcomes(self, label: str, model: Path) -> pd.DataFrame:
+        """The outcomes table of a checkpoint: `open_ended.open_outcomes`, with a task for a domain."""
+        s = self.settings
+        local = self._asked(label, s.only(*MODEL), [model], lambda: self.edge.at(model), owned=False)
+        weights = [model_folder(s.cloud.model)] if s.cloud.engine != "openai" else []
+        cloud = self._asked("cloud", s.only("cloud", "dtype"), weights, lambda: cloud_engine(s), owned=True)
+        return open_ended.open_outcomes(local, cloud).assign(seed=s.seed)
+
+    def _asked(
+        self,
+        label: str,
+        keys: dict[str, Any],
+        weights: Sequence[Path],
+        load: Callable[[], Engine],
+        owned: bool,
+    ) -> pd.DataFrame:
+        """The evaluation of one model; an engine of its own (`owned`) is closed after it."""
+        limits = self.settings.open_ended.max_new_tokens.model_dump()
+
+        def compute(folder: Path) -> None:
+            engine = load()
+            try:
+                table = open_ended.evaluate_open(engine, self.questions, limits)
+            finally:
+                if owned:
+                    engine.close()
+            write_text(
+                folder / "rows.jsonl", table.to_json(orient="records", lines=True, double_precision=15)
+            )
+
+        asked = digest([question.model_dump(mode="json") for question in self.questions])
+        keyed = {**keys, "max_new_tokens": limits, "questions": asked}
+        folder = self.store.stage(f"open-{label}", keyed, weights, compute, [prompts, engines, open_ended])
+        return pd.DataFrame(read_jsonl(folder / "rows.jsonl")).astype({"confidence": float})

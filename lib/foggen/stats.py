@@ -320,7 +320,9 @@ def _round(frame: pd.DataFrame, weights: Array) -> Array:
     """The `ROUND` metrics (resamples, metrics) of one checkpoint."""
     stated, correct = frame["confidence"].to_numpy(float), frame["local_correct"].to_numpy(float)
     said = stated[:, None] == np.array(BUCKETS)
-    sums = weights @ np.column_stack([correct, np.nan_to_num(stated), ~np.isnan(stated), said]).astype(weights.dtype)
+    sums = weights @ np.column_stack([correct, np.nan_to_num(stated), ~np.isnan(stated), said]).astype(
+        weights.dtype
+    )
     measured = dict(zip(CALIBRATION, calibration(frame, weights).T, strict=True))
     columns = [ratio(sums[:, 0], weights.sum(axis=1)), ratio(sums[:, 1], sums[:, 2])]
     columns += [measured[name] for name in ("ece_bucket_debiased", "auroc", "parsed")]
@@ -333,7 +335,9 @@ def round_table(outcomes: Mapping[int, pd.DataFrame], resamples: int = 1000, see
     `outcomes` maps round numbers to the outcomes of their checkpoints; all rounds see the same resamples.
     """
     parts = [
-        annotate(bootstrap(frame, _round, ROUND, resamples, seed).table(), frame, REASONS).assign(round=number)
+        annotate(bootstrap(frame, _round, ROUND, resamples, seed).table(), frame, REASONS).assign(
+            round=number
+        )
         for number, frame in outcomes.items()
     ]
     table = pd.concat(parts, ignore_index=True)
@@ -383,6 +387,30 @@ def matched_difference(
     result = bootstrap(outcomes, statistic, ("share", first, second, "difference"), resamples, seed)
     table = result.table().assign(p=result.p_values()[:, 3])
     return annotate(table, outcomes, {})
+
+
+def paired_change(
+    before: pd.DataFrame,
+    after: pd.DataFrame,
+    column: str = "local_correct",
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Means of a 0..1 column over the same questions in two tables, and their paired `difference`, with 95% intervals.
+
+    `p` is the bootstrap p of no difference. Raises ValueError when the tables hold other questions.
+    """
+    if set(before["id"]) != set(after["id"]):
+        raise ValueError("paired_change: expected the same questions in both tables")
+    both = before.merge(after[["id", column]], on="id", suffixes=("", "_after"), validate="one_to_one")
+
+    def statistic(frame: pd.DataFrame, weights: Array) -> Array:
+        values = frame[[column, f"{column}_after"]].to_numpy(weights.dtype)
+        means = ratio(weights @ values, weights.sum(axis=1, keepdims=True))
+        return np.column_stack([means, means[:, 1] - means[:, 0]])
+
+    result = bootstrap(both, statistic, ("before", "after", "difference"), resamples, seed)
+    return annotate(result.table().assign(p=result.p_values()[:, 2]), both, {})
 
 
 def mcnemar(first: ArrayLike, second: ArrayLike) -> float:
