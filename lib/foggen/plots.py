@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Polygon
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy.stats import beta
 
@@ -291,11 +292,12 @@ def domain_dumbbells(table: pd.DataFrame) -> Figure:
 def round_curves(rounds: pd.DataFrame, panels: Mapping[str, str] = PANELS) -> Figure:
     """How the edge model changes over the chain: one panel a measure, and one of the shares of the buckets.
 
-    Columns: round, domain (rows called mean are drawn bold), the keys of `panels` that are there, and shares in
-    columns that start with `bucket`, lowest first (drawn for the mean rows).
+    Columns: round, domain (rows called mean are drawn bold, with a band where `_low` and `_high` are there), the
+    keys of `panels` that are there, and shares in columns that start with `bucket`, lowest first (mean rows).
     """
     shown = [name for name in panels if name in rounds]
-    buckets = [name for name in rounds if str(name).startswith("bucket")]
+    ends = ("_low", "_high")
+    buckets = [name for name in rounds if str(name).startswith("bucket") and not str(name).endswith(ends)]
     total = len(shown) + bool(buckets)
     figure, grid = _axes(
         -(-total // 3), min(total, 3), (9.6, 3.0 * -(-total // 3) + 0.5), squeeze=False, sharex=True
@@ -319,6 +321,9 @@ def _lines(axes: Axes, rounds: pd.DataFrame, name: str) -> None:
         look: dict[str, Any] = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "ms": 3.5, "lw": 1.1}
         if domain == MEAN:
             look = {"color": BLACK, "lw": 2.6, "zorder": 4}
+            if f"{name}_low" in part:
+                band = (part["round"], part[f"{name}_low"], part[f"{name}_high"])
+                axes.fill_between(*band, color=GREY, alpha=0.35, lw=0, zorder=3, label="95% of the mean")
         axes.plot(part["round"], part[name], label=str(domain).replace("_", " "), **look)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
@@ -367,3 +372,81 @@ def open_ended_bars(table: pd.DataFrame) -> Figure:
     _percent(axes.yaxis)
     axes.legend(ncols=3)
     return figure
+
+
+# ---- the method at a glance
+
+
+def _box(
+    axes: Axes, x: float, y: float, text: str, colour: str, width: float = 2.0, height: float = 1.0
+) -> None:
+    """A rounded box with its centre at (x, y), in the units of the axes."""
+    corner = (x - width / 2, y - height / 2)
+    look: dict[str, Any] = {
+        "boxstyle": "round,pad=0,rounding_size=0.12",
+        "fc": mpl.colors.to_rgba(colour, 0.12),
+        "ec": colour,
+    }
+    axes.add_patch(FancyBboxPatch(corner, width, height, lw=1.6, **look))
+    axes.text(x, y, text, ha="center", va="center", fontsize=9, linespacing=1.35)
+
+
+def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str = "#444444") -> None:
+    look = {"arrowstyle": "-|>", "color": colour, "lw": 1.6, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", end, start, arrowprops=look)
+
+
+def overview(tau: float = 0.5, samples: int = 8, rounds: int = 14, domains: int = 7) -> Figure:
+    """The method in two pictures: (a) routing at inference, (b) the loop that teaches the model to know itself."""
+    figure, (left, right) = _axes(1, 2, (11.2, 4.0), width_ratios=(1, 1.12))
+    for axes, width in ((left, 8.6), (right, 10.0)):
+        axes.set(xlim=(0, width), ylim=(0.5, 6.3))
+        axes.axis("off")
+    _draw_routing(left, tau)
+    _draw_loop(right, samples, rounds, domains)
+    return figure
+
+
+def _draw_routing(axes: Axes, tau: float) -> None:
+    axes.set_title("(a) Inference: one forward pass decides", fontweight="bold")
+    _box(axes, 1.2, 5.6, "question\nA. ...  B. ...", BLACK)
+    _box(axes, 4.3, 5.6, "edge model\nsmall, local", BLUE)
+    _box(axes, 4.3, 3.6, "Confidence: 0.75\nFinal answer: B", BLUE, 2.7)
+    axes.add_patch(Polygon([(4.3, 2.6), (5.9, 1.8), (4.3, 1.0), (2.7, 1.8)], fc="white", ec=BLACK, lw=1.6))
+    axes.text(4.3, 1.8, rf"confidence $\geq \tau$ ?" f"\n({tau:g})", ha="center", va="center", fontsize=9)
+    _box(axes, 1.1, 1.8, "keep the\nlocal answer", GREEN, 1.7)
+    _box(axes, 7.5, 3.6, "cloud model\nlarge, remote", VERMILION, 1.9)
+    _box(axes, 7.5, 5.6, "cloud answer", VERMILION, 1.9)
+    _arrow(axes, (2.2, 5.6), (3.3, 5.6))
+    _arrow(axes, (4.3, 5.1), (4.3, 4.1))
+    _arrow(axes, (4.3, 3.1), (4.3, 2.6))
+    _arrow(axes, (2.7, 1.8), (1.95, 1.8), GREEN)
+    axes.plot([5.9, 7.5], [1.8, 1.8], color=VERMILION, lw=1.6)
+    _arrow(axes, (7.5, 1.8), (7.5, 3.1), VERMILION)
+    _arrow(axes, (7.5, 4.1), (7.5, 5.1), VERMILION)
+    axes.text(2.32, 1.95, "yes", ha="center", va="bottom", fontsize=9, color=GREEN)
+    axes.text(6.7, 1.68, "no, or no\nreadable confidence", ha="center", va="top", fontsize=9, color=VERMILION)
+
+
+def _draw_loop(axes: Axes, samples: int, rounds: int, domains: int) -> None:
+    axes.set_title("(b) Training: the model labels itself, round by round", fontweight="bold")
+    _box(axes, 1.5, 5.6, "checkpoint\n$R_t$", BLUE)
+    _box(axes, 5.0, 5.6, f"{samples} answers to each\nquestion of one domain", BLUE, 3.0)
+    _box(axes, 8.5, 5.6, f"$k$ of {samples} right", ORANGE, 2.2)
+    _box(axes, 8.5, 3.4, f"confidence =\n$k/{samples}$ to the nearest\n0, ¼, ½, ¾, 1", ORANGE, 2.5, 1.4)
+    _box(axes, 8.5, 1.2, "new rows: question,\nconfidence, answer", PURPLE, 2.7)
+    _box(axes, 5.0, 3.4, "buffer\nof earlier rows", GREY, 2.0)
+    _box(axes, 5.0, 1.2, "LoRA fine-tuning\non new + replayed rows", GREEN, 3.0)
+    _box(axes, 1.5, 1.2, "merge:\n$R_{t+1}$", GREEN)
+    _arrow(axes, (2.5, 5.6), (3.5, 5.6))
+    _arrow(axes, (6.5, 5.6), (7.4, 5.6))
+    _arrow(axes, (8.5, 5.1), (8.5, 4.1))
+    _arrow(axes, (8.5, 2.7), (8.5, 1.7))
+    _arrow(axes, (7.15, 1.2), (6.5, 1.2))
+    _arrow(axes, (7.5, 1.7), (6.0, 2.9), GREY)
+    _arrow(axes, (5.0, 2.9), (5.0, 1.7), GREY)
+    axes.text(4.9, 2.3, "replay", ha="right", va="center", fontsize=9, color="#555555")
+    _arrow(axes, (3.5, 1.2), (2.5, 1.2))
+    _arrow(axes, (1.5, 1.7), (1.5, 5.1), BLUE)
+    turns = f"{rounds} rounds,\n{domains} domains\nin turn"
+    axes.text(1.7, 3.4, turns, ha="left", va="center", fontsize=9, color=BLUE, linespacing=1.35)
