@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from foggen import confidence, engines, prompts
+from foggen import confidence, engines, open_ended, prompts
 from foggen.confidence import SftRow
 from foggen.config import Settings, derive_seed
 from foggen.engines import Engine, Sampling
 from foggen.prompts import encode_chat, mcq_messages, parse_response, plain_ids, turn_end_id
-from foggen.questions import Question, by_domain, draw, draw_balanced, subset
+from foggen.questions import OpenQuestion, Question, by_domain, draw, draw_balanced, subset
 from foggen.store import ROOT, Store, digest, progress, read_json, read_jsonl, write_json, write_jsonl
 
 if TYPE_CHECKING:
@@ -414,6 +414,24 @@ class Chain:
         )
 
 
+def stream_chain(
+    settings: Settings,
+    store: Store,
+    train: Sequence[Question],
+    dev: Sequence[Question],
+    engine_factory: EngineFactory | None = None,
+) -> Iterator[Round]:
+    """R0 and all rounds, each as soon as it is made, or found in the store.
+
+    `train` feeds the buffer and the rounds; `dev` is what every checkpoint is evaluated on.
+    """
+    loan = Loan(engine_factory or edge_engine(settings))
+    try:
+        yield from Chain(settings, store, train, dev, loan).rounds()
+    finally:
+        loan.close()
+
+
 def run_chain(
     settings: Settings,
     store: Store,
@@ -421,16 +439,70 @@ def run_chain(
     dev: Sequence[Question],
     engine_factory: EngineFactory | None = None,
 ) -> list[Round]:
-    """Runs R0 and all rounds, or finds them in the store, with a progress line each.
-
-    `train` feeds the buffer and the rounds; `dev` is what every checkpoint is evaluated on.
-    """
-    loan = Loan(engine_factory or edge_engine(settings))
+    """All that `stream_chain` gives, with a progress line a round."""
     results = []
-    try:
-        for result in Chain(settings, store, train, dev, loan).rounds():
-            progress(result.line())
-            results.append(result)
-    finally:
-        loan.close()
+    for result in stream_chain(settings, store, train, dev, engine_factory):
+        progress(result.line())
+        results.append(result)
     return results
+
+
+def trained_checkpoint(settings: Settings, store: Store) -> Path:
+    """The best checkpoint at hand: the run's last round, else `foggen-r14` beside the edge model, else that model.
+
+    The run's counts only if notebook 02 finished with the same edge model.
+    """
+    sentinel = store.run / "done" / "02_rounds.json"
+    results = read_json(sentinel)["results"] if sentinel.exists() else {}
+    trained = store.run / str(results.get("checkpoint"))
+    if results.get("edge") == settings.edge.model and trained.is_dir():
+        return trained
+    released = (ROOT / settings.edge.model).with_name("foggen-r14")
+    return released if released.is_dir() else model_folder(settings.edge.model, settings.edge.revision)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The open-ended branch
+
+
+class Branch(NamedTuple):
+    """The checkpoint of a branch round; its new rows, what became of the questions, the replay, and the training."""
+
+    model: Path
+    rows: list[open_ended.OpenRow]
+    counts: list[dict[str, Any]]  # one a task, as `open_ended.r15_rows` counts
+    replayed: list[SftRow]
+    training: dict[str, Any]
+
+
+def buffer_rows(rounds: Sequence[Round]) -> list[SftRow]:
+    """The buffer at the end of a chain: R0's rows, then every round's new ones."""
+    return [cast(SftRow, row) for result in rounds for row in read_jsonl(result.rows)]
+
+
+def run_r15(
+    settings: Settings, store: Store, rounds: Sequence[Round], questions: Sequence[OpenQuestion], loan: Loan
+) -> Branch:
+    """One more round from the chain's last checkpoint, which labels open-ended `questions`; the chain stays as it is.
+
+    Replayed rows keep their labels: they are questions of the chain, which the branch does not ask again.
+    """
+    model, s = rounds[-1].model, settings
+    seed = derive_seed(s.seed, "r15")
+    keyed = {
+        **s.only("samples", "temperature", "tie", *MODEL),
+        **s.open_ended.model_dump(include={"max_new_tokens", "r15"}),
+        "seed": seed,
+        "questions": digest([q.model_dump(mode="json") for q in questions]),
+    }
+
+    def ask(folder: Path) -> None:
+        rows, counts = open_ended.r15_rows(loan.at(model), questions, s, seed)
+        write_jsonl(folder / "rows.jsonl", rows)
+        write_jsonl(folder / "counts.jsonl", counts.rename_axis("task").reset_index().to_dict("records"))
+
+    folder = store.stage("r15-labels", keyed, [model], ask, [prompts, engines, open_ended, confidence.bucket])
+    new = cast(list[open_ended.OpenRow], read_jsonl(folder / "rows.jsonl"))
+    old = replay(buffer_rows(rounds), s.open_ended.r15.replay, seed)
+    trained, training = Chain(s, store, [], [], loan).sft("r15", model, [*new, *old])
+    return Branch(trained, new, read_jsonl(folder / "counts.jsonl"), old, training)
