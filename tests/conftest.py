@@ -14,7 +14,8 @@ from foggen.questions import DOMAINS, Question
 TEMPLATE = (  # Qwen's, without tools
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message.role + '\\n' }}"
-    "{%- if message.role == 'assistant' and enable_thinking is defined %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
+    "{%- if message.role == 'assistant' and enable_thinking is defined %}"
+    "{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
     "{{- message.content + '<|im_end|>' + '\\n' }}"
     "{%- endfor %}"
     "{%- if add_generation_prompt %}"

@@ -121,7 +121,7 @@ def test_wrong_names_and_values_stop_before_anything_runs(folders, capsys):
 
 
 def test_overrides_reach_the_notebook(folders):
-    cell = "from foggen.config import load_profile\nrounds = load_profile(profile, overrides).rounds\nassert rounds == 3"
+    cell = "from foggen.config import load_profile\nassert load_profile(profile, overrides).rounds == 3"
     notebook(folders[0], "01_first", cell)
     assert run(folders, "-p", "rounds=3") == 0
 
@@ -135,7 +135,13 @@ def test_list_shows_states_and_parameters(folders, capsys):
 
 def test_second_run_in_one_folder_is_told(folders, capsys):
     notebook(folders[0], "01_first")
-    code = "import sys, time; from foggen.store import Store\nwith Store(sys.argv[1]).locked(): print(1, flush=True); time.sleep(60)"
+    code = """if True:
+        import sys, time
+        from foggen.store import Store
+        with Store(sys.argv[1]).locked():
+            print("locked", flush=True)
+            time.sleep(60)
+    """
     with subprocess.Popen([sys.executable, "-c", code, str(folders[1])], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline()
         assert run(folders) == 2

@@ -139,7 +139,10 @@ def score_answers(
 
 
 def exact_answers(engine: Engine, questions: Sequence[Question], settings: Settings) -> list[Sample]:
-    """The probability of a right answer at the recipe's temperature: the share in infinitely many samples."""
+    """The probability of a right answer at the recipe's temperature: the share in infinitely many samples.
+
+    Only answers in the full format count: from a model that often states other confidences, sampling counts more.
+    """
     samples: list[Sample] = []
     scores = score_answers(engine, questions, settings.prompt_variant, settings.temperature)
     for question, score in zip(questions, scores, strict=True):

@@ -105,6 +105,7 @@ Row = TypeVar("Row", Question, OpenQuestion)
 # Loading
 
 _FORMS = {
+    "row": "a JSON object",
     "id": "a nonempty text, unique",
     "domain": f"a nonempty text, such as {', '.join(DOMAINS)}",
     "question": "a nonempty text",
@@ -126,8 +127,14 @@ def _files(path: Path, open_ended: bool) -> list[Path]:
 
 
 def _problems(place: str, error: ValidationError) -> Iterator[str]:
+    """One line a field: of several complaints about it the first, since the others follow from it."""
+    told = set()
     for problem in error.errors():
-        field = str(problem["loc"][0]) if problem["loc"] else "answer"
+        whole = "answer" if problem["type"] == "value_error" else "row"
+        field = str(problem["loc"][0]) if problem["loc"] else whole
+        if field in told:
+            continue
+        told.add(field)
         form = f"; expected: {_FORMS[field]}" if field in _FORMS else ""
         yield f"{place}: field `{field}`: {problem['msg'].removeprefix('Value error, ')}{form}"
 

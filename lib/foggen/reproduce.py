@@ -297,6 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         notebooks = chosen(plan, options.start, options.only)
         with store.locked():
             os.environ[LOCK_VARIABLE] = str(store.run)
+            os.environ["TQDM_DISABLE"] = "1"  # libraries' progress bars would lie in the notebooks
             write_json(store.run / "settings.json", settings.model_dump(mode="json"))
             run_all(plan, notebooks, options.force)
             if options.publish:

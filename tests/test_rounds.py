@@ -1,0 +1,330 @@
+"""The chain on a tiny model: what is learned, that it repeats, and that a kill loses one stage at most."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_model, make_questions
+
+from foggen import rounds
+from foggen.config import Settings, override
+from foggen.engines import Completion, Engine, Sampling, make_engine
+from foggen.prompts import Messages, encode_chat, mcq_messages, plain_ids, turn_end_id
+from foggen.questions import by_domain
+from foggen.rounds import calibration_questions, dev_metrics, encode_row, replay, run_chain, sft
+from foggen.store import ROOT, Store, read_json, read_jsonl
+
+ROWS = [
+    {"messages": mcq_messages(question), "target": f"Confidence: 1.0\nFinal answer: {question.answer}"}
+    for question in make_questions(2)
+]
+
+
+def weights(model: Path) -> str:
+    return hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+
+
+class Scripted:
+    """An engine that answers A with confidence 1.0, and counts what it was asked."""
+
+    def __init__(self, model: Path) -> None:
+        self.name, self.asked, self.models = "scripted", 0, [model]
+
+    def generate(self, prompts: Sequence[Messages], sampling: Sampling) -> list[list[Completion]]:
+        self.asked += len(prompts) * sampling.n
+        return [[Completion("Confidence: 1.0\nFinal answer: A", 9, True)] * sampling.n for _ in prompts]
+
+    def score(
+        self, prompts: Sequence[Messages], continuations: Sequence[Sequence[str]], temperature: float = 1.0
+    ) -> list[list[float]]:
+        self.asked += len(prompts)
+        return [[-1.0 for _ in texts] for texts in continuations]
+
+    def reload(self, path: Path) -> None:
+        self.models.append(path)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def fake_sft(monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, Any]]]:
+    """Replaces training by a note of its rows, for tests of the chain's bookkeeping."""
+    calls: list[list[dict[str, Any]]] = []
+
+    def note(
+        model: Path, rows: list[dict[str, Any]], settings: Settings, out: Path, seed: int
+    ) -> dict[str, Any]:
+        calls.append(list(rows))
+        out.mkdir()
+        (out / "model.safetensors").write_text(str(seed))
+        return {"rows": len(rows)}
+
+    monkeypatch.setattr(rounds, "sft", note)
+    return calls
+
+
+# ---- training rows
+
+
+def test_training_and_inference_see_the_same_ids(tokenizer):
+    row = encode_row(tokenizer, ROWS[0]["messages"], ROWS[0]["target"])
+    prompt = encode_chat(tokenizer, ROWS[0]["messages"])
+    assert row["input_ids"][: len(prompt)] == prompt
+    learned = [token for token, on in zip(row["input_ids"], row["completion_mask"], strict=True) if on]
+    assert learned == [*plain_ids(tokenizer, ROWS[0]["target"]), tokenizer.eos_token_id]
+    assert turn_end_id(tokenizer) == tokenizer.eos_token_id != tokenizer.pad_token_id
+
+
+def batches(
+    model: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch, out: Path
+) -> list[dict[str, Any]]:
+    """The batches that the trainer really computes the loss of."""
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    seen: list[dict[str, Any]] = []
+    plain = SFTTrainer.compute_loss
+
+    def spy(self: Any, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
+        seen.append({key: value.clone() for key, value in inputs.items() if hasattr(value, "clone")})
+        return plain(self, model, inputs, *rest, **named)
+
+    monkeypatch.setattr(SFTTrainer, "compute_loss", spy)
+    sft(model, ROWS, settings, out, seed=0)
+    return seen
+
+
+def test_trainer_takes_the_ids_as_they_are_and_learns_the_completion_only(
+    tiny_model, tokenizer, small, monkeypatch, tmp_path
+):
+    expected = {}
+    for row in ROWS:
+        coded = encode_row(tokenizer, row["messages"], row["target"])
+        pairs = zip(coded["input_ids"], coded["completion_mask"], strict=True)
+        expected[tuple(coded["input_ids"])] = [token if on else -100 for token, on in pairs]
+    found = {}
+    for batch in batches(tiny_model, small, monkeypatch, tmp_path / "out"):
+        for ids, mask, labels in zip(
+            batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True
+        ):
+            n = int(mask.sum())
+            assert set(labels[n:].tolist()) <= {-100}, "padding is not learned"
+            found[tuple(ids[:n].tolist())] = labels[:n].tolist()
+    assert found == expected, "neither tokens nor an end of turn are added or lost"
+
+
+def test_end_of_turn_is_learned_even_where_it_pads(tiny_model, small, monkeypatch, tmp_path):
+    """A tokenizer with pad = eos would hide the stop token from a loss that masks by token id."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = tmp_path / "pad_is_eos"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(model)
+    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(model)
+    seen = batches(model, small, monkeypatch, tmp_path / "out")
+    ends = sum(int((batch["labels"] == tokenizer.eos_token_id).sum()) for batch in seen)
+    assert ends == len(ROWS)
+
+
+def test_batches_hold_rows_of_like_length(tiny_model, small, monkeypatch, tmp_path):
+    """Sorted within eight rows at a time here, so at most one pair of four is unlike; half would be by chance."""
+    mixed = [
+        {**row, "messages": row["messages"][1:] if place % 2 else row["messages"]}
+        for place, row in enumerate(ROWS)
+    ]
+    monkeypatch.setattr(sys.modules[__name__], "ROWS", mixed[:8] * 4)
+    seen = batches(tiny_model, override(small, {"batch_size": 2}), monkeypatch, tmp_path / "out")
+    lengths = [batch["attention_mask"].sum(dim=1) for batch in seen]
+    assert len(lengths) == 16 and sum(int(pair.max() - pair.min()) > 50 for pair in lengths) <= 5
+
+
+def test_rows_too_long_are_left_out_and_counted(tiny_model, small, tmp_path):
+    long = {"messages": [{"role": "user", "content": "word " * 900}], "target": "x"}
+    trained = sft(tiny_model, [*ROWS, long], small, tmp_path / "out", seed=0)
+    assert trained["rows"] == len(ROWS) and trained["too_long"] == 1
+    with pytest.raises(ValueError, match="max_length"):
+        sft(tiny_model, [long], small, tmp_path / "none", seed=0)
+
+
+def test_sft_learns_merges_and_repeats(tiny_model, tokenizer, small, tmp_path, capfd):
+    settings = override(small, {"epochs": 10, "learning_rate": 2e-2, "batch_size": 16})
+    one = sft(tiny_model, ROWS, settings, tmp_path / "one", seed=1)
+    two = sft(tiny_model, ROWS, settings, tmp_path / "two", seed=1)
+    assert one == two and weights(tmp_path / "one") == weights(tmp_path / "two")
+    other = sft(tiny_model, ROWS, override(small, {"epochs": 1}), tmp_path / "other", seed=2)
+    assert other["seed"] == 2 and weights(tmp_path / "other") != weights(tmp_path / "one")
+    out, err = capfd.readouterr()
+    assert not out and "%|" not in err and "step 10 of 10" in err, "no progress bars, own lines on stderr"
+    files = {file.name for file in (tmp_path / "one").iterdir()}
+    assert {"model.safetensors", "tokenizer.json", "config.json"} <= files and not any(
+        "adapter" in f for f in files
+    )
+    scores = []
+    for model in (tiny_model, tmp_path / "one"):
+        engine = make_engine("transformers", model)
+        scores.append(engine.score([row["messages"] for row in ROWS], [[row["target"]] for row in ROWS]))
+    gains = [after - before for (before,), (after,) in zip(*scores, strict=True)]
+    assert min(gains) > 5, "log P of every target, in nats"
+
+
+# ---- the chain
+
+
+def test_chain_repeats_and_comes_from_the_store(small, tmp_path, questions):
+    def nothing(folder: Path) -> Engine:
+        raise AssertionError("a finished chain loads no model")
+
+    first = run_chain(small, Store(tmp_path / "a"), questions, questions)
+    assert [result.domain for result in first] == [None, "finance", "law"]
+    assert str(run_chain(small, Store(tmp_path / "a"), questions, questions, nothing)) == str(first)
+    again = run_chain(small, Store(tmp_path / "b"), questions, questions)
+    assert [weights(result.model) for result in again] == [weights(result.model) for result in first]
+    assert [read_jsonl(r.evaluation) for r in again] == [read_jsonl(r.evaluation) for r in first]
+    names = [stage["stage"].rsplit("-", 1)[0] for stage in read_jsonl(tmp_path / "a" / "manifest.jsonl")]
+    steps = [f"r{n:02d}-{step}" for n in range(3) for step in ("samples", "labels", "sft", "dev")]
+    assert names == [step for step in steps if step != "r00-sft"]
+
+
+def test_each_round_starts_from_the_merged_weights_before(small, tmp_path, questions, fake_sft):
+    engine = Scripted(Path())
+    results = run_chain(small, Store(tmp_path / "run"), questions, questions, lambda model: engine)
+    models = [result.model for result in results]
+    assert engine.models[1:] == models[1:]
+    assert read_json(models[2].parent / "stage.json")["inputs"] == [f"{models[1].parent.name}/model"]
+
+
+def test_rotation_replay_and_buffer(small, tmp_path, questions, fake_sft):
+    settings = override(small, {"rounds": 5, "new_rows": 2, "calibration_rows": 4})
+    results = run_chain(settings, Store(tmp_path / "run"), questions, questions, Scripted)
+    assert [result.domain for result in results[1:]] == ["finance", "law", "finance", "law", "finance"]
+    new = [[row["id"] for row in read_jsonl(result.rows)] for result in results]
+    buffer = list(new[0])
+    for number, rows in enumerate(fake_sft, 1):
+        ids = [row["id"] for row in rows]
+        assert ids[:2] == new[number] and len(ids) == 2 + min(5, len(buffer))
+        assert set(ids[2:]) <= set(buffer)
+        buffer += new[number]
+    assert len(set(buffer)) == 4 + 4 * 2 and buffer.count(buffer[-1]) > 1, (
+        "fresh questions while there are any"
+    )
+
+
+def test_no_replay_and_relabelled_replay(small, tmp_path, questions, fake_sft):
+    run_chain(override(small, {"replay_rows": 0}), Store(tmp_path / "a"), questions, questions, Scripted)
+    assert [len(rows) for rows in fake_sft] == [4, 4]
+    again = override(small, {"relabel_replay": True})
+    run_chain(again, Store(tmp_path / "b"), questions, questions, Scripted)
+    assert [len(rows) for rows in fake_sft[2:]] == [9, 9]
+    assert any(
+        folder.name.startswith("r01-replay-samples") for folder in (tmp_path / "b" / "stages").iterdir()
+    )
+
+
+def test_only_what_changed_is_computed_again(small, tmp_path, questions, fake_sft):
+    engine = Scripted(Path())
+    store = Store(tmp_path / "run")
+    run_chain(small, store, questions, questions, lambda model: engine)
+    asked = engine.asked
+    run_chain(override(small, {"tau": 0.25}), store, questions, questions, lambda model: engine)
+    assert engine.asked == asked and len(fake_sft) == 2
+    run_chain(override(small, {"rounds": 3}), store, questions, questions, lambda model: engine)
+    assert engine.asked == asked + 4 * 4 + 4 and len(fake_sft) == 3
+
+
+def test_format_install_trains_on_the_siblings_labels(small, tmp_path, questions, fake_sft):
+    sibling = make_model(tmp_path / "sibling", seed=1)
+    settings = override(small, {"format_install": {"labels_from": str(sibling)}})
+    engine = Scripted(Path())
+    opened: list[Path] = []
+    results = run_chain(
+        settings, Store(tmp_path / "run"), questions, questions, lambda model: opened.append(model) or engine
+    )
+    assert opened == [sibling] and len(fake_sft) == 3
+    assert [row["id"] for row in fake_sft[0]] == [row["id"] for row in read_jsonl(results[0].rows)]
+    assert results[0].model.parent.name.startswith("r00-sft")
+
+
+def test_calibration_buffer_is_balanced(small, questions):
+    chosen = calibration_questions(questions, override(small, {"calibration_rows": 5}))
+    assert {domain: len(group) for domain, group in by_domain(chosen).items()} == {"finance": 3, "law": 2}
+
+
+def test_replay_draws_without_repetition():
+    rows: Any = [{"id": str(index)} for index in range(10)]
+    assert len({row["id"] for row in replay(rows, 7, seed=1)}) == 7
+    assert len(replay(rows, 99, seed=1)) == 10 and replay(rows, 7, 1) == replay(rows, 7, 1)
+
+
+def test_dev_metrics_by_hand():
+    rows = [
+        {"id": "a", "domain": "law", "local_correct": 1, "confidence": 1.0},
+        {"id": "b", "domain": "law", "local_correct": 0, "confidence": 0.25},
+        {"id": "c", "domain": "law", "local_correct": 1, "confidence": 0.5},
+        {"id": "d", "domain": "law", "local_correct": 0, "confidence": None},
+    ]
+    found = dev_metrics(rows, tau=0.5)
+    assert (found["n"], found["accuracy"], found["kept"], found["parsed"]) == (4, 0.5, 0.5, 0.75)
+    assert found["confidence"] == pytest.approx(1.75 / 3) and found["auroc"] == 1.0
+    assert found["ece"] == pytest.approx((0 + 0.25 + 0.5) / 3)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from conftest import make_questions
+from foggen.config import Settings
+from foggen.rounds import run_chain
+from foggen.store import Store, write_json
+settings = Settings.model_validate_json(Path(sys.argv[2]).read_text())
+store, questions = Store(sys.argv[1]), make_questions()
+results = run_chain(settings, store, questions, questions)
+write_json(store.run / "table.json", [result.record() for result in results])
+"""
+
+
+@pytest.mark.slow
+def test_ten_kills_end_with_the_same_chain(small, tmp_path):
+    """kill -9 at random moments of real training; the table and the weights are those of an unbroken run."""
+    (tmp_path / "settings.json").write_text(override(small, {"rounds": 6}).model_dump_json())
+
+    def start(run: Path) -> subprocess.Popen[bytes]:
+        command = [
+            sys.executable,
+            "-c",
+            KILLED,
+            str(run),
+            str(tmp_path / "settings.json"),
+            str(ROOT / "tests"),
+        ]
+        return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT / "lib")})
+
+    started = time.time()
+    assert start(tmp_path / "whole").wait() == 0
+    whole = time.time() - started
+    dice = random.Random(0)
+    killed = 0
+    for _ in range(10):
+        process = start(tmp_path / "run")
+        time.sleep(dice.uniform(0.3, 0.9) * whole)
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+    assert start(tmp_path / "run").wait() == 0 and killed > 0
+
+    def ends(run: Path) -> tuple[Any, dict[str, str]]:
+        models = {folder.name: weights(folder / "model") for folder in (run / "stages").glob("r*-sft-*")}
+        return json.loads((run / "table.json").read_text()), models
+
+    assert str(ends(tmp_path / "run")) == str(ends(tmp_path / "whole"))
