@@ -10,6 +10,7 @@ import pytest
 
 from foggen.config import Settings, load_profile
 from foggen.questions import DOMAINS, Question
+from foggen.store import LOCK_VARIABLE, RUN_VARIABLE
 
 TEMPLATE = (  # Qwen's, without tools
     "{%- for message in messages %}"
@@ -74,6 +75,13 @@ def make_model(folder: Path, seed: int = 0) -> Path:
     Qwen3ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_run_of_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run folder that `make test` sets for the notebooks is not the unit tests'."""
+    for variable in (RUN_VARIABLE, LOCK_VARIABLE):
+        monkeypatch.delenv(variable, raising=False)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,17 @@
+"""Notebooks under nbval: after a cell that failed, what builds on it is skipped, not failed again or waited for."""
+
+from __future__ import annotations
+
+import pytest
+
+_failed: list[str] = []
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.path.suffix == ".ipynb" and _failed:
+        pytest.skip(f"{_failed[0]} failed before")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed and ".ipynb" in report.nodeid:
+        _failed.append(report.nodeid)
