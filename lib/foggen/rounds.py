@@ -66,15 +66,15 @@ def encode_row(
 def _quiet() -> Iterator[None]:
     """No progress bars: in a notebook they are debris."""
     import datasets
-    from transformers.utils import logging
+
+    from foggen.engines.transformers_engine import no_bars
 
     datasets.disable_progress_bars()
-    logging.disable_progress_bar()
     try:
-        yield
+        with no_bars():
+            yield
     finally:
         datasets.enable_progress_bars()
-        logging.enable_progress_bar()
 
 
 def sft(

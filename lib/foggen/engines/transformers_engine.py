@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import logging as bars
 
 from foggen.engines.base import Completion, EngineError, Sampling, cut_at_stop
 from foggen.engines.tree import State, attention, new_state, tree_problem
@@ -22,6 +24,18 @@ from foggen.prompts import Messages, encode_chat, plain_ids
 
 log = logging.getLogger(__name__)
 Ids = list[int]
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Without the progress bars of transformers: in a notebook they are debris."""
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
 
 
 class TransformersEngine:
@@ -51,7 +65,8 @@ class TransformersEngine:
     ) -> TransformersEngine:
         """From a folder or hub name. `dtype`: auto, float32, bfloat16, float16; `device`: auto, cpu, cuda..."""
         where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=pick_dtype(dtype, where))
+        with no_bars():
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=pick_dtype(dtype, where))
         return cls(
             model.to(where),  # type: ignore[arg-type]
             AutoTokenizer.from_pretrained(path),
@@ -98,7 +113,8 @@ class TransformersEngine:
 
     def reload(self, path: Path) -> None:
         """Takes new weights; nothing of the old ones is kept (prefix caches live for one call)."""
-        fresh = AutoModelForCausalLM.from_pretrained(path, dtype=self.model.dtype)
+        with no_bars():
+            fresh = AutoModelForCausalLM.from_pretrained(path, dtype=self.model.dtype)
         self.model = fresh.to(self.device).eval()  # type: ignore[arg-type]
 
     def close(self) -> None:
