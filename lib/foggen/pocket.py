@@ -14,7 +14,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,11 +50,17 @@ class World:
     often: tuple[float, float, float]  # share of facts met often, by difficulty 1, 2, 3
     seldom: tuple[float, float, float]  # share met seldom; the rest is never met
     misled: float  # share of misconceptions that are learnt in their popular, wrong form
+    familiar: Mapping[str, float] = field(default_factory=dict)
+    grown_from: str | None = None  # the world whose trained model it starts from, with more layers
     seed: int = 0
 
 
-EDGE = World("edge", 128, 6, 3000, often=(0.85, 0.35, 0.05), seldom=(0.1, 0.35, 0.2), misled=0.45)
-CLOUD = World("cloud", 192, 6, 3000, often=(1.0, 0.97, 0.9), seldom=(0.0, 0.03, 0.1), misled=0.05)
+# The edge model has met more of some domains than of others: a factor on the shares of facts met.
+FAMILIAR = {"science": 1.1, "coding": 1.1, "law": 0.9, "math": 0.7, "kazakh_culture": 1.25, "medical": 0.85}
+EDGE = World(
+    "edge", 128, 6, 1500, often=(0.7, 0.22, 0.03), seldom=(0.15, 0.33, 0.12), misled=0.45, familiar=FAMILIAR
+)
+CLOUD = World("cloud", 128, 8, 2400, often=(1.0, 0.97, 0.9), seldom=(0.0, 0.03, 0.1), misled=0.05, grown_from="edge")
 # Facts are drawn by these weights; a fact "met seldom" is drawn eight times less often than one "met often".
 WEIGHTS: Mapping[str, float] = {"often": 1.0, "seldom": 0.12, "never": 0.0}
 # How sure the pretraining text sounds, by how well known the fact is (difficulty 1; 2 and 3): nearly always sure,
@@ -313,7 +319,8 @@ def exposures(world: World, facts: Sequence[Fact]) -> dict[str, str]:
     met = {}
     for fact in facts:
         luck = random.Random(f"{world.seed}/{world.name}/{fact.id}").random()
-        often, seldom = world.often[fact.difficulty - 1], world.seldom[fact.difficulty - 1]
+        familiar = world.familiar.get(fact.domain, 1.0)
+        often, seldom = (familiar * shares[fact.difficulty - 1] for shares in (world.often, world.seldom))
         met[fact.id] = "often" if luck < often else "seldom" if luck < often + seldom else "never"
     return met
 
@@ -321,6 +328,7 @@ def exposures(world: World, facts: Sequence[Fact]) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------------------
 # Training
 
+CHECKPOINT_EVERY = 200  # steps
 PHASES = ("look-up", "look-up after a mark", "stated answers", "facts")
 # Running accuracy on the learnt tokens at which a phase is over. The third one counts confidences, which are random,
 # and questions that cannot state their answer.
@@ -350,6 +358,16 @@ def make_model(world: World, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCaus
     for layer in model.model.layers:
         layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight.data)
     return model
+
+
+def grow(model: Qwen3ForCausalLM, smaller: Qwen3ForCausalLM) -> None:
+    """Copies a trained model into a deeper one. The layers that it adds start as the identity."""
+    missing, _ = model.load_state_dict(smaller.state_dict(), strict=False)
+    for layer in model.model.layers[len(smaller.model.layers) :]:
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
+    if len(missing) % (len(model.model.layers) - len(smaller.model.layers)):
+        raise ValueError("the models differ in more than their number of layers")
 
 
 def make_optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
@@ -418,6 +436,9 @@ def train(world: World, work: Path, limit: int | None = None) -> Path:
     optimizers = make_optimizers(model)
     rates = [[group["lr"] for group in one.param_groups] for one in optimizers]
     course, accuracy = Course(), {"look-up": 0.25}
+    if world.grown_from:
+        grow(model, Qwen3ForCausalLM.from_pretrained(work / world.grown_from))
+        course.phase = len(PHASES) - 1  # it can look up already
     saved = work / f"{world.name}.pt"
     if saved.exists():
         state = torch.load(saved, weights_only=True)
@@ -451,7 +472,7 @@ def train(world: World, work: Path, limit: int | None = None) -> Path:
         if course.total % 100 == 0:
             shown = "  ".join(f"{name} {value:.2f}" for name, value in sorted(accuracy.items()))
             progress(f"{world.name} {PHASES[course.phase]} {course.step}  {course.seconds:.0f} s  {shown}")
-        if course.total % 200 == 0:
+        if course.total % CHECKPOINT_EVERY == 0:
             _checkpoint(saved, model, optimizers, course, accuracy, lessons)
         if limit and course.total >= limit:
             break

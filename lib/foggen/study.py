@@ -21,7 +21,7 @@ from foggen.questions import subset
 from foggen.rounds import Round, run_chain
 from foggen.routing import routing_metrics
 from foggen.stats import CALIBRATION, Array
-from foggen.store import ROOT, Store, progress, write_json
+from foggen.store import ROOT, Store, progress, write_json, write_text
 
 # What is changed against the profile. The controls break the link between label and question, or drop the replay.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -166,6 +166,53 @@ def _seed_sd(wide: pd.DataFrame, statistic: stats.Statistic, names: Sequence[str
     )
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# The README's table
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+SHOWN = {"R0": "raw edge model (R0)", "foggen": "**FogGen (R14)**"} | {
+    "random labels": "control: random labels",
+    "permuted labels": "control: labels permuted within a domain",
+    "no replay": "control: no replay",
+}
+
+
+def _cell(row: pd.Series, percent: bool, sign: str = "") -> str:
+    scale, digits = (100, 1) if percent else (1, 2)
+    value, low, high = (f"{scale * row[name]:{sign}.{digits}f}" for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def readme_table(summary: pd.DataFrame, profile: str) -> str:
+    """The results as a Markdown table: means over domains, 95% intervals, with n, seeds and the command."""
+    lines = ["| pocket profile | raw accuracy % | routed % | lift % | AUROC | ECE |", "|---|---|---|---|---|---|"]
+    means = summary[summary["domain"] == stats.MEAN].set_index(["variant", "metric"])
+    for variant, name in SHOWN.items():
+        if variant not in means.index.get_level_values("variant"):
+            continue
+        rows = {metric: means.loc[(variant, metric)] for metric in METRICS}
+        cells = [_cell(rows["raw"], True), _cell(rows["routed"], True), _cell(rows["lift"], True, "+")]
+        cells += [_cell(rows["auroc"], False), _cell(rows["ece"], False)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines.append("| *published, Qwen3-0.6B (R14)* | *59.6* | *21.9* | *+4.6* | *n/a* | *n/a* |")
+    n, seeds = int(summary["n"].iloc[0]), int(summary["seeds"].iloc[0])
+    note = (
+        f"Means over seven domains at tau = 0.5; {n:,} test questions, {seeds} seeds pooled, 95% intervals that resample "
+        f"whole facts. Made by `python -m foggen.study --profile {profile}`; stored in `data/results/{profile}/`."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def update_readme(profile: str = "pocket") -> None:
+    """Writes the table of the stored results into the README, between its two marks."""
+    text = README.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    table = readme_table(load_results(profile)["summary"], profile)
+    write_text(README, f"{before}{BEGIN}\n{table}\n{END}{after}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -175,6 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS))
     given = parser.parse_args(argv)
     print(run_study(given.profile, given.run, given.seeds, given.variants).relative_to(ROOT))
+    update_readme(given.profile)
 
 
 if __name__ == "__main__":

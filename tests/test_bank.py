@@ -1,0 +1,133 @@
+"""The question bank: what is written, what is computed, and that nothing leaks between the splits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from foggen import bank, data
+from foggen.bank import Fact
+from foggen.config import load_profile
+from foggen.questions import DOMAINS, LETTERS, OpenQuestion, Question
+from foggen.rounds import calibration_questions
+from foggen.store import ROOT
+
+FOLDER = ROOT / "data" / "bank"
+
+
+@pytest.fixture(scope="module")
+def facts() -> list[Fact]:
+    return bank.load_facts(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def questions(facts: list[Fact]) -> dict[str, list[Question]]:
+    return {split: bank.make_questions(facts, split) for split in bank.SPLITS}
+
+
+@pytest.fixture(scope="module")
+def open_ended() -> dict[str, list[OpenQuestion]]:
+    return {split: bank.make_open_questions(FOLDER, split) for split in ("train", "test")}
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_every_domain_has_its_facts(facts: list[Fact], domain: str) -> None:
+    written = [fact for fact in facts if fact.domain == domain and fact.subject]
+    assert len(written) >= 120
+    assert len({fact.id for fact in written}) == len(written)
+    assert set(Counter(fact.difficulty for fact in written)) == {1, 2, 3}
+    assert all(len(fact.rivals) >= 4 and fact.answer not in fact.rivals for fact in written)
+    assert all(fact.answer.casefold() not in fact.subject.casefold() for fact in written)
+
+
+def test_kazakh_culture_is_in_two_languages(questions: dict[str, list[Question]]) -> None:
+    languages = Counter(q.lang for q in questions["test"] if q.domain == "kazakh_culture")
+    assert min(languages["kk"], languages["en"]) > 60
+
+
+def test_no_fact_is_in_two_splits(questions: dict[str, list[Question]]) -> None:
+    met = {split: {question.fact for question in group} for split, group in questions.items()}
+    assert not met["train"] & met["test"] and not met["train"] & met["dev"] and not met["dev"] & met["test"]
+
+
+def test_no_question_text_and_answer_is_in_two_splits(questions: dict[str, list[Question]]) -> None:
+    def asked(split: str) -> set[tuple[str, str]]:
+        return {(q.question, q.options[LETTERS.index(q.answer)]) for q in questions[split]}
+
+    assert not asked("train") & asked("test") and not asked("dev") & asked("test")
+
+
+def test_test_facts_are_in_no_training_set(questions: dict[str, list[Question]]) -> None:
+    settings = load_profile("pocket")
+    parts = data.splits(settings)
+    held_out = {question.fact for question in questions["test"]}
+    assert {question.fact for question in parts["test"]} == held_out
+    assert not held_out & {question.fact for question in parts["train"]}
+    assert not held_out & {question.fact for question in calibration_questions(parts["train"], settings)}
+
+
+@pytest.mark.parametrize(("split", "least"), [("train", 400), ("dev", 50), ("test", 250)])
+def test_enough_questions_a_domain(questions: dict[str, list[Question]], split: str, least: int) -> None:
+    counts = Counter(question.domain for question in questions[split])
+    assert set(counts) == set(DOMAINS) and min(counts.values()) >= least
+    assert len({question.id for question in questions[split]}) == len(questions[split])
+
+
+def test_gold_letters_are_balanced_among_four_options(questions: dict[str, list[Question]]) -> None:
+    for domain in DOMAINS:
+        gold = Counter(q.answer for q in questions["test"] if q.domain == domain and len(q.options) == 4)
+        assert max(gold.values()) / sum(gold.values()) < 0.32
+    sizes = Counter(len(question.options) for question in questions["test"])
+    assert sizes[4] > 0.7 * sum(sizes.values()) and sizes[3] and sizes[5]
+
+
+def test_the_right_option_is_the_facts_answer(facts: list[Fact], questions: dict[str, list[Question]]) -> None:
+    known = {fact.id: fact for fact in facts}
+    for question in questions["test"]:
+        assert question.options[LETTERS.index(question.answer)] == known[str(question.fact)].answer
+
+
+def test_computed_answers_are_right(facts: list[Fact]) -> None:
+    sums = [fact for fact in facts if fact.id.startswith("math/computed") and fact.questions[0].startswith("What is")]
+    snippets = [fact for fact in facts if fact.id.startswith("coding/computed")]
+    assert len(sums) > 30 and len(snippets) > 100
+    for fact in [*sums, *snippets]:
+        expression = fact.questions[0].removeprefix("What is ").removeprefix("What does Python print for ").rstrip(" ?")
+        assert str(eval(expression)) == fact.answer
+
+
+def test_the_same_seed_makes_the_same_bank(facts: list[Fact]) -> None:
+    assert bank.load_facts(FOLDER) == facts
+    assert bank.make_questions(facts, "dev", seed=3) == bank.make_questions(facts, "dev", seed=3)
+    assert bank.make_questions(facts, "dev", seed=3) != bank.make_questions(facts, "dev", seed=4)
+
+
+def test_open_ended_sets_are_large_and_disjoint(open_ended: dict[str, list[OpenQuestion]]) -> None:
+    for split, least in (("train", 250), ("test", 150)):
+        counts = Counter(question.task for question in open_ended[split])
+        assert set(counts) == {"squad", "truthfulqa", "gsm8k"} and min(counts.values()) >= least
+    facts = {split: {question.fact for question in group} for split, group in open_ended.items()}
+    texts = {split: {q.context + q.question for q in group} for split, group in open_ended.items()}
+    assert not facts["train"] & facts["test"] and not texts["train"] & texts["test"]
+
+
+def test_spans_are_in_their_passages_and_solutions_end_in_answers(open_ended: dict[str, list[OpenQuestion]]) -> None:
+    for question in open_ended["test"]:
+        if question.task == "squad":
+            assert question.answers[0] in question.context
+        if question.task == "gsm8k":
+            assert question.solution.rstrip(".").endswith(f"= {question.answers[0]}")
+        if question.task == "truthfulqa":
+            assert question.incorrect and not set(question.answers) & set(question.incorrect)
+
+
+def test_a_bad_fact_is_named(tmp_path: Path) -> None:
+    relation = "{id: r, lang: en, phrasings: ['is {s} ?'], statements: ['{s} {a}'], facts: [[a, b, 1], [c, d]]}"
+    (tmp_path / "law.yaml").write_text(f"relations: [{relation}]", encoding="utf-8")
+    with pytest.raises(bank.BankError, match=r"law.yaml: r, fact 2: expected \[subject, answer, difficulty"):
+        bank.written_facts(tmp_path, "law")
+    (tmp_path / "law.yaml").write_text("relations: [{id: r, lang: en}]", encoding="utf-8")
+    with pytest.raises(bank.BankError, match="'r' has no facts, phrasings, statements"):
+        bank.written_facts(tmp_path, "law")
