@@ -326,6 +326,8 @@ def _lines(axes: Axes, rounds: pd.DataFrame, name: str) -> None:
                 axes.fill_between(*band, color=GREY, alpha=0.35, lw=0, zorder=3, label="95% of the mean")
         axes.plot(part["round"], part[name], label=str(domain).replace("_", " "), **look)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, -0.02), min(high, 1.02))
 
 
 def _bucket_areas(axes: Axes, rounds: pd.DataFrame, buckets: Sequence[str]) -> None:
