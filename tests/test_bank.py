@@ -39,7 +39,7 @@ def test_every_domain_has_its_facts(facts: list[Fact], domain: str) -> None:
     assert len({fact.id for fact in written}) == len(written)
     assert set(Counter(fact.difficulty for fact in written)) == {1, 2, 3}
     assert all(len(fact.rivals) >= 4 and fact.answer not in fact.rivals for fact in written)
-    assert all(fact.answer.casefold() not in fact.subject.casefold() for fact in written)
+    assert all(fact.answer.casefold() not in fact.subject.casefold() for fact in written if len(fact.answer) > 2)
 
 
 def test_kazakh_culture_is_in_two_languages(questions: dict[str, list[Question]]) -> None:

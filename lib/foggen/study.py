@@ -111,7 +111,7 @@ def side_by_side(outcomes: pd.DataFrame) -> pd.DataFrame:
 
 
 def _measures(frame: pd.DataFrame, weights: Array, variant: str) -> Array:
-    one = frame[["cloud_correct"]].assign(
+    one = frame[["id", "fact", "cloud_correct"]].assign(
         **{name: frame[f"{variant}/{name}"].astype(float) for name in ("local_correct", "confidence", "graded_confidence")}
     )
     routed = routing_metrics(one, weights)
