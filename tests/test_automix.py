@@ -53,7 +53,8 @@ def ours_of(method: Method, parameter: Any) -> Policy:
 
 
 def table(v: list[float], small: list[float], large: list[float]) -> pd.DataFrame:
-    return pd.DataFrame({"verification": v, "local_correct": small, "cloud_correct": large})
+    names = [f"q{number}" for number in range(len(v))]
+    return pd.DataFrame({"id": names, "verification": v, "local_correct": small, "cloud_correct": large})
 
 
 def random_table(seed: int, rows: int, k: int = 8) -> pd.DataFrame:
@@ -360,7 +361,7 @@ def test_degenerate_fits_have_an_answer(method: Method, rows: list[tuple[float, 
 
 def test_missing_values_are_named() -> None:
     with pytest.raises(
-        ValueError, match="a column `verification`; got 1 rows of: local_correct, cloud_correct"
+        ValueError, match="a column `verification`; got 1 rows of: id, local_correct, cloud_correct"
     ):
         automix.fit("Threshold", table([1.0], [1], [1]).drop(columns="verification"), Costs())
     with pytest.raises(ValueError, match="row 1: `cloud_correct` is empty"):
@@ -485,3 +486,19 @@ def test_curve_rises_from_little_to_all(outcomes: pd.DataFrame) -> None:
     assert points["routed"].is_monotonic_increasing and points["routed"].iloc[-1] == pytest.approx(1.0)
     weights = automix.domain_weights(outcomes)
     assert points["accuracy"].iloc[-1] == pytest.approx(float(weights @ outcomes["cloud_correct"]))
+
+
+def test_intervals_hold_their_values_and_refitting_widens_them(outcomes: pd.DataFrame) -> None:
+    fit_rows = random_table(8, 200).assign(domain="law", confidence=1.0)
+    fixed = automix.comparison_table(outcomes, fit_rows, cost_ratios=[50.0]).set_index(["method", "c_V"])
+    again = automix.refitted_table(outcomes, fit_rows, Costs(), resamples=60).set_index("method")
+    for name in ("accuracy", "routed", "lift", "dibc"):
+        assert (fixed[f"{name}_low"] <= fixed[name]).all() and (fixed[name] <= fixed[f"{name}_high"]).all()
+        assert again.loc["POMDP", name] == pytest.approx(fixed.loc[("POMDP", "1 c_S"), name])
+        assert again.loc["FogGen", name] == pytest.approx(fixed.loc[("FogGen", "0 c_S"), name])
+    width, once = again["routed_high"] - again["routed_low"], fixed["routed_high"] - fixed["routed_low"]
+    assert width["POMDP"] > once[("POMDP", "1 c_S")]
+    assert again.loc["FogGen", "difference"] == again.loc["FogGen", "difference_high"] == 0
+    assert again.loc["POMDP", "difference"] == pytest.approx(
+        again.loc["FogGen", "lift"] - again.loc["POMDP", "lift"]
+    )

@@ -21,6 +21,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.ndimage import gaussian_filter1d
 
+from foggen import stats
 from foggen.engines import Sampling
 from foggen.prompts import parse_verification, verify_messages
 
@@ -142,14 +143,21 @@ def price(outcomes: pd.DataFrame, routed: ArrayLike, costs: Costs, weights: Floa
     c_V; dIBC = (IBC - base) / |base|, so that more is better also where the cloud is worse than the edge. Spending
     nothing gains nothing: IBC = 0 at rho = c_V = 0. With P_L = P_S there is no base line, and dIBC is NaN.
     """
-    mask = np.asarray(routed, dtype=bool)
-    small, large = column(outcomes, "local_correct"), column(outcomes, "cloud_correct")
     share = np.full(len(outcomes), 1 / len(outcomes)) if weights is None else weights
-    rho, spread = float(share @ mask), float(share @ (large - small))
-    gain, extra = float(share @ np.where(mask, large - small, 0.0)), costs.verify + rho * costs.large
-    ibc, base = gain / extra if extra else 0.0, spread / (costs.large - costs.small)
-    dibc = (ibc - base) / abs(base) if abs(spread) > 1e-12 else float("nan")
-    return Price(float(share @ small) + gain, rho, costs.small + extra, ibc, base, dibc)
+    return Price(*(float(value[0]) for value in _prices(outcomes, routed, costs, share[None])))
+
+
+def _prices(outcomes: pd.DataFrame, routed: ArrayLike, costs: Costs, weights: Floats) -> list[Floats]:
+    """The fields of `Price`, each (resamples,), for row weights (resamples, n)."""
+    mask = np.asarray(routed, dtype=float)
+    small, large = column(outcomes, "local_correct"), column(outcomes, "cloud_correct")
+    own, spread, gain, rho = (
+        weights @ np.stack([small, large - small, mask * (large - small), mask], axis=1)
+    ).T
+    extra, base = costs.verify + rho * costs.large, spread / (costs.large - costs.small)
+    ibc = stats.ratio(gain, extra, empty=0.0)
+    dibc = stats.ratio(ibc - base, np.where(np.abs(spread) > 1e-12, np.abs(base), 0.0))
+    return [own + gain, rho, costs.small + extra, ibc, base, dibc]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -318,18 +326,37 @@ def fits(
 # Beside a one-pass confidence router
 
 
-def domain_weights(outcomes: pd.DataFrame) -> Floats:
-    """(n,) row weights that sum to 1 and make every weighted mean an average over domains, as in the tables."""
-    size: Floats = outcomes.groupby("domain")["domain"].transform("size").to_numpy(dtype=float)
-    weights: Floats = 1 / (size * outcomes["domain"].nunique())
-    return weights
+def domain_weights(outcomes: pd.DataFrame, resamples: int = 0, seed: int = 0) -> Floats:
+    """Row weights that sum to 1 and make every weighted mean an average over domains, as in the tables: (n,).
+
+    With `resamples` (1 + resamples, n): those, and then bootstrap copies of the rows (whole facts, within each domain).
+    """
+    rng = np.random.default_rng(seed)
+    weights = np.zeros((1 + resamples, len(outcomes)))
+    domains = outcomes.groupby("domain", sort=False).indices
+    for rows in domains.values():
+        counts = np.ones((1 + resamples, len(rows)))
+        if resamples:
+            counts[1:] = stats.draw_counts(stats.clusters(outcomes.iloc[rows]), resamples, rng)
+        weights[:, rows] = counts / (counts.sum(axis=1, keepdims=True) * len(domains))
+    return weights if resamples else weights[0]
 
 
 def lift_over_random(outcomes: pd.DataFrame, routed: Mask) -> float:
     """Accuracy above sending the same share of each domain at random, averaged over domains."""
+    return float(_lifts(outcomes, routed, domain_weights(outcomes)[None])[0])
+
+
+def _lifts(outcomes: pd.DataFrame, routed: ArrayLike, weights: Floats) -> Floats:
+    """The lift (resamples,) for row weights (resamples, n) that sum to the same in every domain."""
     gain = column(outcomes, "cloud_correct") - column(outcomes, "local_correct")
-    rho = pd.Series(routed, index=outcomes.index, dtype=float).groupby(outcomes["domain"]).transform("mean")
-    return float(domain_weights(outcomes) @ (gain * (routed - rho.to_numpy())))
+    mask = np.asarray(routed, dtype=float)
+    lift = np.zeros(len(weights))
+    for rows in outcomes.groupby("domain", sort=False).indices.values():
+        part = weights[:, rows]
+        rho = (part @ mask[rows]) / part.sum(axis=1)
+        lift += part @ (gain * mask)[rows] - rho * (part @ gain[rows])
+    return lift
 
 
 def measured_verify_cost(outcomes: pd.DataFrame) -> float:
@@ -337,13 +364,21 @@ def measured_verify_cost(outcomes: pd.DataFrame) -> float:
     return float(column(outcomes, "verification_tokens").mean() / column(outcomes, "local_tokens").mean())
 
 
-def _row(outcomes: pd.DataFrame, routings: Sequence[Mask], costs: Costs) -> dict[str, float]:
-    """Mean over fits of what a routing is worth, and the spread of dIBC over the fits."""
-    weights = domain_weights(outcomes)
-    prices = pd.DataFrame([price(outcomes, mask, costs, weights) for mask in routings])
-    lift = np.mean([lift_over_random(outcomes, mask) for mask in routings])
-    spread = prices["dibc"].std(ddof=0)
-    return {**prices.mean().to_dict(), "lift": float(lift), "dibc_sd": float(spread), "fits": len(routings)}
+def _row(outcomes: pd.DataFrame, routings: Sequence[Mask], costs: Costs, weights: Floats) -> dict[str, float]:
+    """Mean over fits of what a routing is worth, and the spread of dIBC over the fits; 95% intervals from the weights.
+
+    The first row of `weights` gives the values and the others the intervals.
+    """
+    draws = [[*_prices(outcomes, m, costs, weights), _lifts(outcomes, m, weights)] for m in routings]
+    names = (*Price._fields, "lift")
+    values = dict(zip(names, np.mean(draws, axis=0), strict=True))
+    found = {name: float(value[0]) for name, value in values.items()}
+    for name in ("accuracy", "routed", "lift", "dibc"):
+        known = values[name][1:][np.isfinite(values[name][1:])]
+        low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
+        found |= {f"{name}_low": float(low), f"{name}_high": float(high)}
+    spread = np.std([draw[names.index("dibc")][0] for draw in draws])
+    return {**found, "dibc_sd": float(spread), "fits": len(routings)}
 
 
 def _settings(outcomes: pd.DataFrame, ratios: Sequence[float]) -> Iterator[tuple[str, Costs]]:
@@ -363,24 +398,28 @@ def comparison_table(
     methods: Sequence[Method] = tuple(CANDIDATES),
     tau: float = 0.5,
     k: int = 8,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """FogGen and every meta-verifier, one row a method, cost ratio 1:c and c_V; shares are 0..1, means over domains.
 
     Meta-verifiers are fitted on `fit_outcomes`, never on the rows that they are judged on. Columns: method, parameter
     (of most fits), n, ratio, c_V, accuracy, routed, cost, ibc, ibc_base, dibc, lift, dibc_sd, fits, forward_passes
-    (on the edge, a query), tokens (generated on the edge, a query) and note (why a cell is NaN). dIBC is unstable where
-    the cloud is nearly as good as the edge or where little is routed.
+    (on the edge, a query), tokens (generated on the edge, a query) and note (why a cell is NaN). Accuracy, routed, lift
+    and dibc have 95% intervals (_low, _high) for the policies as they were fitted; `refitted_table` has those with the
+    noise of fitting. dIBC is unstable where the cloud is nearly as good as the edge or where little is routed.
     """
+    weights = domain_weights(outcomes, resamples, seed)
     confident = outcomes["confidence"].to_numpy(dtype=float, na_value=np.nan) >= tau
     v, rows = shares(outcomes), []
     for ratio in cost_ratios:
         named = {"method": "FogGen", "parameter": str(tau), "ratio": ratio, "c_V": "0 c_S"}
-        rows.append({**named, **_row(outcomes, [~confident], Costs(1.0, ratio, 0.0))})
+        rows.append({**named, **_row(outcomes, [~confident], Costs(1.0, ratio, 0.0), weights)})
     for method, (label, costs) in product(methods, _settings(outcomes, cost_ratios)):
         policies = fits(method, fit_outcomes, costs)
         usual = Counter((policy.method, policy.parameter) for policy in policies).most_common(1)[0][0]
         named = {"method": method, "parameter": f"{usual[0]} {usual[1]}", "ratio": costs.large, "c_V": label}
-        rows.append({**named, **_row(outcomes, [policy.route(v) for policy in policies], costs)})
+        rows.append({**named, **_row(outcomes, [policy.route(v) for policy in policies], costs, weights)})
     table = pd.DataFrame(rows)
     table.insert(2, "n", len(outcomes))
     one_pass = table["method"] == "FogGen"
@@ -391,6 +430,48 @@ def comparison_table(
     gaps = table[list(reasons)].isna().to_numpy()
     table["note"] = ["; ".join(np.array(list(reasons.values()))[row]) for row in gaps]
     return table
+
+
+def refitted_table(
+    outcomes: pd.DataFrame,
+    fit_outcomes: pd.DataFrame,
+    costs: Costs = Costs(),
+    methods: Sequence[Method] = tuple(CANDIDATES),
+    tau: float = 0.5,
+    resamples: int = 300,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """FogGen and every meta-verifier at one cost, with intervals that contain the noise of fitting, a row a method.
+
+    Each resample refits on a copy of `fit_outcomes` and judges on a copy of `outcomes`. accuracy, routed, lift and dibc
+    are means over domains; `difference` is FogGen's lift minus the method's, paired. FogGen has nothing to fit.
+    """
+    free = Costs(costs.small, costs.large, 0.0)
+
+    def evaluate(policies: dict[Method, Policy], frame: pd.DataFrame) -> dict[str, float]:
+        v, weights = shares(frame), domain_weights(frame)
+        unsure = ~(frame["confidence"] >= tau).to_numpy()
+        masks = {"FogGen": unsure} | {method: policy.route(v) for method, policy in policies.items()}
+        found: dict[str, float] = {}
+        for name, mask in masks.items():
+            one = price(frame, mask, free if name == "FogGen" else costs, weights)
+            lift = lift_over_random(frame, mask)
+            values = {"accuracy": one.accuracy, "routed": one.routed, "lift": lift, "dibc": one.dibc}
+            found |= {f"{name}:{key}": value for key, value in values.items()}
+            found[f"{name}:difference"] = found["FogGen:lift"] - lift
+        return found
+
+    names = ["id", "domain", "fact", "local_correct", "cloud_correct", "confidence", "verification"]
+    dev, test = (frame[[name for name in names if name in frame]] for frame in (fit_outcomes, outcomes))
+    result = stats.nested_bootstrap(
+        dev, test, lambda frame: {m: fit(m, frame, costs) for m in methods}, evaluate, resamples, seed
+    )
+    rows: dict[str, dict[str, float]] = {}
+    for name, row in result.iterrows():
+        method, metric = str(name).split(":")
+        ends = {metric: row["value"], f"{metric}_low": row["low"], f"{metric}_high": row["high"]}
+        rows.setdefault(method, {"n": int(row["n"])}).update(ends)
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method").reset_index()
 
 
 def curve(
