@@ -306,16 +306,16 @@ def test_tau_for_a_risk() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("max_risk", "true_safe"), [(0.16, 1.0), (0.25, 0.75), (0.335, 0.5)])
+@pytest.mark.parametrize(("max_risk", "true_safe"), [(0.145, math.inf), (0.24, 1.0), (0.305, 0.75)])
 def test_the_risk_bound_fails_at_most_delta_of_the_time(max_risk: float, true_safe: float) -> None:
-    delta, runs = 0.1, 2000
+    delta, runs = 0.1, 1000  # true risks .15 at tau 1, .241 at .75, .310 at .5: the next bucket is just unsafe
     taus = [
-        routing.choose_tau(make_outcomes(120, 1, seed), max_risk=max_risk, delta=delta).tau
+        routing.choose_tau(make_outcomes(400, 1, seed), max_risk=max_risk, delta=delta).tau
         for seed in range(runs)
     ]
     failed = np.mean(np.array(taus) < true_safe)
     assert failed <= delta + 2 * math.sqrt(delta * (1 - delta) / runs)
-    assert np.mean(np.isfinite(taus)) > 0.05  # the guarantee is not bought by always asking the cloud
+    assert true_safe == math.inf or np.mean(np.isfinite(taus)) > 0.5  # not bought by always asking the cloud
 
 
 # ---- baselines

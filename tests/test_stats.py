@@ -125,6 +125,15 @@ def test_debiased_ece_is_nearer_to_the_truth() -> None:
     assert 0 < debiased < 0.65 * plain  # the truth is 0
 
 
+def test_debiasing_allows_for_facts() -> None:
+    """Copies of a question add no information: the debiased ECE must not change."""
+    one = make_outcomes(60, 1)
+    copies = one.loc[one.index.repeat(3)].assign(fact=lambda f: f["id"], id=[str(i) for i in range(180)])
+    first, second = (stats.calibration(f, np.ones((1, len(f))))[0] for f in (one, copies))
+    np.testing.assert_allclose(first, second, atol=6e-3)
+    np.testing.assert_allclose(first[1:9], second[1:9])
+
+
 def test_equal_mass_bins_keep_ties_together() -> None:
     confidence = np.repeat(LEVELS, [5, 1, 50, 20, 24])
     bins = stats.equal_mass(confidence)
@@ -273,7 +282,9 @@ def test_intervals_cover_the_truth_in_95_percent_of_data_sets(per_fact: int) -> 
         row = pd.concat([table.drop(["n", "facts", "domain", "note"]) for table in tables])
         for name, value in truth().items():
             hits[name] += row[f"{name}_low"] <= value <= row[f"{name}_high"]
+    ece = hits.pop("ece_bucket_debiased")
     assert all(930 <= count <= 970 for count in hits.values()), hits
+    assert 930 <= ece <= 995  # never below 0, so it is cautious with few questions
 
 
 @pytest.mark.slow
