@@ -20,7 +20,7 @@ from foggen.engines import Engine, make_engine
 from foggen.prompts import VERIFY_DECISION, verify_messages
 from foggen.questions import OpenQuestion, Question
 from foggen.rounds import MODEL, Loan, edge_engine, model_folder
-from foggen.store import ROOT, Store, digest, read_json, read_jsonl, write_json, write_jsonl, write_text
+from foggen.store import Store, digest, read_json, read_jsonl, write_json, write_jsonl, write_text
 
 PARTS = ("scores", "votes", "verification")
 
@@ -29,8 +29,7 @@ def cloud_engine(settings: Settings) -> Engine:
     """The strong model as the profile names it: local weights, or an OpenAI-compatible endpoint."""
     cloud = settings.cloud
     if cloud.engine == "openai":
-        cache = ROOT / "runs" / "answers"  # of all runs: an answer paid for is never asked again
-        given = {"base_url": cloud.base_url, "key_env": cloud.key_variable, "cache": cache, **cloud.options}
+        given = {"base_url": cloud.base_url, "key_variable": cloud.key_variable, **cloud.options}
         return make_engine("openai", cloud.model, **given)
     return make_engine(cloud.engine, model_folder(cloud.model), **{"dtype": settings.dtype, **cloud.options})
 
