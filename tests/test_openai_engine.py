@@ -122,7 +122,7 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def client(server: FaultyServer, cache: Path, **options: Any) -> OpenAIEngine:
-    settings = {"key_env": "CLOUD_KEY", "timeout": 0.5, "backoff": 0.01, "attempts": 30, **options}
+    settings = {"key_variable": "CLOUD_KEY", "timeout": 0.5, "backoff": 0.01, "attempts": 30, **options}
     return OpenAIEngine(options.pop("model", "cloud"), base_url=server.url, cache=cache, **settings)
 
 
@@ -182,7 +182,7 @@ def test_wrong_key_stops_at_once_and_names_the_setting(
     server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CLOUD_KEY", "sk-wrong-1")
-    with pytest.raises(EngineError, match="`key_env` \\(CLOUD_KEY\\)") as caught:
+    with pytest.raises(EngineError, match=r"`key_variable` \(CLOUD_KEY\)") as caught:
         client(server, tmp_path, concurrency=2).generate(ask(*QUESTIONS), Sampling())
     assert "sk-wrong-1" not in str(caught.value) + caplog.text
     assert not list(tmp_path.rglob("*.json"))
@@ -193,7 +193,9 @@ def test_wrong_key_stops_at_once_and_names_the_setting(
 
 def test_other_permanent_failures_name_their_setting(server: FaultyServer, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="`model` or `base_url`"):
-        OpenAIEngine("other", base_url=server.url, cache=tmp_path, key_env="CLOUD_KEY").generate(ask("a"), Sampling())
+        OpenAIEngine("other", base_url=server.url, cache=tmp_path, key_variable="CLOUD_KEY").generate(
+            ask("a"), Sampling()
+        )
     with pytest.raises(EngineError, match="context length"):
         client(server, tmp_path, concurrency=1).generate(ask("a", "too long", "b"), Sampling())
     assert server.billed == Counter("a")
@@ -233,7 +235,7 @@ def test_score_needs_a_server_that_can(server: FaultyServer, tmp_path: Path) -> 
         client(server, tmp_path).score(ask("a"), [["b"]])
     with pytest.raises(EngineError, match="temperature 1"):
         client(server, tmp_path).score(ask("a"), [["b"]], 0.7)
-    with pytest.raises(EngineError, match="reload|cannot load"):
+    with pytest.raises(EngineError, match="cannot load"):
         make_engine("openai", "cloud", base_url=server.url, cache=tmp_path).reload(tmp_path)
 
 
@@ -241,13 +243,15 @@ PROCESS = """
 import sys
 from pathlib import Path
 from foggen.engines import Sampling, make_engine
-engine = make_engine("openai", "cloud", base_url=sys.argv[1], cache=sys.argv[2], key_env="CLOUD_KEY", backoff=0.01,
+engine = make_engine("openai", "cloud", base_url=sys.argv[1], cache=sys.argv[2], key_variable="CLOUD_KEY", backoff=0.01,
                      timeout=0.5, attempts=30, concurrency=4)
 engine.generate([[{"role": "user", "content": f"question {k}"}] for k in range(120)], Sampling())
 """
 
 
-def test_killed_and_concurrent_processes_lose_and_damage_nothing(server: FaultyServer, tmp_path: Path) -> None:
+def test_killed_and_concurrent_processes_lose_and_damage_nothing(
+    server: FaultyServer, tmp_path: Path
+) -> None:
     server.rate, server.faults = 0.3, ("500", "429")
     command = [sys.executable, "-c", PROCESS, server.url, str(tmp_path)]
     first = subprocess.Popen(command)

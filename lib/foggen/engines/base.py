@@ -52,6 +52,10 @@ class Engine(Protocol):
         """log P(continuation | prompt) in nats, under softmax(logits / temperature) over all tokens."""
         ...
 
+    def sleep(self) -> None:
+        """Frees the accelerator for something else (a fine-tuning), until the next `reload`."""
+        ...
+
     def reload(self, path: Path) -> None:
         """Takes the weights in `path` (same architecture and tokenizer), in place."""
         ...

@@ -25,13 +25,14 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_aft
 
 from foggen.engines.base import Completion, EngineError, Sampling
 from foggen.prompts import Messages
+from foggen.store import ROOT
 
 log = logging.getLogger(__name__)
 Answer = dict[str, Any]
 SETTINGS = {
     400: "the prompt or a setting (`max_tokens`, `extra_body`, the server's context length)",
-    401: "the key in the environment variable `key_env`",
-    403: "the key in the environment variable `key_env`",
+    401: "the key in the environment variable `key_variable`",
+    403: "the key in the environment variable `key_variable`",
     404: "`model` or `base_url`",
 }
 
@@ -56,8 +57,8 @@ class OpenAIEngine:
         model: str,
         *,
         base_url: str,
-        cache: str | Path,
-        key_env: str | None = None,
+        cache: str | Path = ROOT / "runs" / "answers",
+        key_variable: str | None = None,
         concurrency: int = 16,
         timeout: float = 120.0,
         attempts: int = 8,
@@ -68,7 +69,7 @@ class OpenAIEngine:
         extra_body: dict[str, Any] | None = None,
     ) -> None:
         self.name = self.model = model
-        self.cache, self.key_env, self.concurrency = Path(cache), key_env, concurrency
+        self.cache, self.key_variable, self.concurrency = Path(cache), key_variable, concurrency
         self.attempts, self.backoff, self.prices = attempts, backoff, (price_in, price_out)
         self.on_cloud_failure, self.extra = on_cloud_failure, extra_body or {}
         self.client: dict[str, Any] = {"base_url": base_url, "timeout": timeout, "max_retries": 0}
@@ -109,6 +110,9 @@ class OpenAIEngine:
             f"engine openai cannot load {path}: use engine transformers or vllm for a trained model"
         )
 
+    def sleep(self) -> None:
+        """Nothing of this machine is held."""
+
     def close(self) -> None:
         """Nothing is held between calls."""
 
@@ -120,10 +124,10 @@ class OpenAIEngine:
 
     def _answers(self, bodies: list[dict[str, Any]], n: int, seed: int) -> list[Answer | None]:
         """Answers in order. The event loop runs in a thread of its own, so that notebooks can call this, too."""
-        key = os.environ.get(self.key_env, "") if self.key_env else "none"
+        key = os.environ.get(self.key_variable, "") if self.key_variable else "none"
         if not key:
             raise EngineError(
-                f"environment variable {self.key_env} (`key_env`) is empty; put the server's key there"
+                f"environment variable {self.key_variable} (`key_variable`) is empty; put the server's key there"
             )
         self._failed = None
         with ThreadPoolExecutor(1) as pool:
@@ -193,7 +197,9 @@ class OpenAIEngine:
                 f"cloud: gave up after {self.attempts} attempts (`attempts`); run again to resume. {message}"
             )
         status = getattr(error, "status_code", 0)
-        setting = SETTINGS.get(status, "the server's log").replace("key_env`", f"key_env` ({self.key_env})")
+        setting = SETTINGS.get(status, "the server's log").replace(
+            "key_variable`", f"key_variable` ({self.key_variable})"
+        )
         return f"cloud: check {setting}. {message}"
 
     def _wait(self, state: RetryCallState) -> float:

@@ -111,6 +111,10 @@ class TransformersEngine:
                     results[index] = row
         return results
 
+    def sleep(self) -> None:
+        """Leaves the GPU (not a CPU: nobody else needs its memory more)."""
+        self.model.to("cpu")
+
     def reload(self, path: Path) -> None:
         """Takes new weights; nothing of the old ones is kept (prefix caches live for one call)."""
         with no_bars():

@@ -1,0 +1,159 @@
+"""`vllm serve` on this machine as the cloud: answers, a wrong key, a server that dies, and going on afterwards."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not in this environment; `make test-vllm` sets one up")
+
+from foggen.bank import load_facts, make_questions
+from foggen.engines import EngineError, Sampling
+from foggen.engines.openai_engine import OpenAIEngine
+from foggen.engines.transformers_engine import TransformersEngine
+from foggen.prompts import Messages, mcq_messages
+
+ROOT = Path(__file__).parents[2]
+CLOUD = ROOT / "data" / "pocket" / "cloud"
+KEY = "sk-served-9876543210"
+GREEDY = Sampling(max_tokens=16)
+pytestmark = pytest.mark.engine
+
+
+class Server:
+    """One `vllm serve` at a time, always on the same port."""
+
+    def __init__(self, log: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.log = log
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        program = shutil.which("vllm", path=str(Path(sys.executable).parent))
+        assert program
+        settings = "--dtype float32 --enforce-eager --max-model-len 256 --distributed-executor-backend uni"
+        command = [program, "serve", str(CLOUD), "--served-model-name", "cloud", *settings.split()]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), "--kv-cache-memory-bytes", str(1 << 28)]
+        environment = {**os.environ, "VLLM_API_KEY": KEY, "HF_HUB_OFFLINE": "1"}
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+        end = time.monotonic() + 400
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2).close()
+                return
+            except OSError:
+                time.sleep(1)
+        pytest.fail(f"vllm serve did not start:\n{self.log.read_text()[-3000:]}")
+
+    def kill(self) -> None:
+        if self.process:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("served") / "log.txt")
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[Messages]:
+    questions = make_questions(load_facts(ROOT / "data" / "bank"), "test")
+    return [mcq_messages(question) for question in questions[:: len(questions) // 100][:100]]
+
+
+@pytest.fixture(scope="module")
+def plain() -> TransformersEngine:
+    return TransformersEngine.load(CLOUD, dtype="float32")
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLOUD_KEY", KEY)
+
+
+def client(server: Server, cache: Path, **options: Any) -> OpenAIEngine:
+    url = f"http://127.0.0.1:{server.port}/v1"
+    settings = {"key_variable": "CLOUD_KEY", "backoff": 0.1, "attempts": 4, **options}
+    return OpenAIEngine("cloud", base_url=url, cache=cache, **settings)
+
+
+def test_answers_are_those_of_the_weights(
+    server: Server, plain: TransformersEngine, prompts: list[Messages], tmp_path: Path
+) -> None:
+    served = [one for (one,) in client(server, tmp_path).generate(prompts, GREEDY)]
+    own = [one for (one,) in plain.generate(prompts, GREEDY)]
+    assert sum(one != other for one, other in zip(served, own, strict=True)) <= 1
+    (samples,) = client(server, tmp_path).generate(prompts[:1], Sampling(n=8, temperature=0.7, max_tokens=16))
+    assert len(samples) == 8
+    assert KEY not in "".join(path.read_text() for path in tmp_path.rglob("*.json")) + server.log.read_text()
+
+
+def test_prefixes_and_scores(
+    server: Server, plain: TransformersEngine, prompts: list[Messages], tmp_path: Path
+) -> None:
+    asked = [
+        [*prompt, {"role": "assistant", "content": "Confidence: 1.0\nFinal answer:"}]
+        for prompt in prompts[:5]
+    ]
+    limit = Sampling(max_tokens=1)
+    assert client(server, tmp_path).generate(asked, limit) == plain.generate(asked, limit)
+    ends = [[f" {letter}" for letter in "ABCD"]] * 5
+    for one, other in zip(client(server, tmp_path).score(asked, ends), plain.score(asked, ends), strict=True):
+        assert one == pytest.approx(other, abs=2e-3)
+
+
+def test_wrong_key(
+    server: Server, prompts: list[Messages], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLOUD_KEY", "sk-other")
+    with pytest.raises(EngineError, match="CLOUD_KEY"):
+        client(server, tmp_path).generate(prompts[:3], GREEDY)
+
+
+def test_too_long_a_prompt(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="context length"):
+        client(server, tmp_path).generate([[{"role": "user", "content": "very " * 2000}]], GREEDY)
+
+
+def test_killed_in_the_middle_and_resumed(
+    server: Server, plain: TransformersEngine, prompts: list[Messages], tmp_path: Path
+) -> None:
+    def kill_soon() -> None:
+        while len(list(tmp_path.rglob("[!.]*.json"))) < 10:
+            time.sleep(0.02)
+        server.kill()
+
+    killer = threading.Thread(target=kill_soon)
+    killer.start()
+    with pytest.raises(EngineError, match="run again to resume"):
+        client(server, tmp_path, concurrency=2).generate(prompts, GREEDY)
+    killer.join()
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("[!.]*.json")}
+    assert 10 <= len(kept) < len(prompts)
+    server.start()
+    answers = [one.text for (one,) in client(server, tmp_path).generate(prompts, GREEDY)]
+    assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in kept.items())
+    own = [one.text for (one,) in plain.generate(prompts, GREEDY)]
+    assert sum(one != other for one, other in zip(answers, own, strict=True)) <= 1
