@@ -60,7 +60,7 @@ FAMILIAR = {"science": 1.1, "coding": 1.1, "law": 0.9, "math": 0.7, "kazakh_cult
 EDGE = World(
     "edge", 128, 6, 1500, often=(0.7, 0.22, 0.03), seldom=(0.15, 0.33, 0.12), misled=0.45, familiar=FAMILIAR
 )
-CLOUD = World("cloud", 128, 8, 2400, often=(1.0, 0.97, 0.9), seldom=(0.0, 0.03, 0.1), misled=0.05, grown_from="edge")
+CLOUD = World("cloud", 128, 8, 1800, often=(1.0, 0.97, 0.9), seldom=(0.0, 0.03, 0.1), misled=0.05, grown_from="edge")
 # Facts are drawn by these weights; a fact "met seldom" is drawn eight times less often than one "met often".
 WEIGHTS: Mapping[str, float] = {"often": 1.0, "seldom": 0.12, "never": 0.0}
 # How sure the pretraining text sounds, by how well known the fact is (difficulty 1; 2 and 3): nearly always sure,

@@ -209,7 +209,7 @@ def by_domain(questions: Iterable[Question]) -> dict[str, list[Question]]:
     return groups
 
 
-def draw(questions: Sequence[Question], n: int, seed: int, used: Iterable[str] = ()) -> list[Question]:
+def draw(questions: Sequence[Question], n: int, seed: int | str, used: Iterable[str] = ()) -> list[Question]:
     """`n` questions at random; those whose id is in `used` only once the others are spent.
 
     Fewer than `n` come back where the pool itself is smaller.
@@ -220,13 +220,17 @@ def draw(questions: Sequence[Question], n: int, seed: int, used: Iterable[str] =
 
 
 def draw_balanced(questions: Sequence[Question], n: int, domains: Sequence[str], seed: int) -> list[Question]:
-    """`n` questions in equal parts from the `domains` (the first ones give one more where it does not divide)."""
+    """`n` questions in equal parts from the `domains` (the first ones give one more where it does not divide).
+
+    Each domain has a draw of its own: with one seed for all, the same places of every domain would be drawn, and with
+    them the same gold letters.
+    """
     groups = by_domain(questions)
     sizes = [n // len(domains) + (index < n % len(domains)) for index in range(len(domains))]
     return [
         question
         for domain, size in zip(domains, sizes, strict=True)
-        for question in draw(groups.get(domain, []), size, seed)
+        for question in draw(groups.get(domain, []), size, f"{seed}/{domain}")
     ]
 
 
