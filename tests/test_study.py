@@ -28,8 +28,16 @@ def outcomes(seeds: int = 2, n: int = 60) -> pd.DataFrame:
             for variant, confidence in said.items():
                 rows.append(
                     pd.DataFrame(
-                        {"id": [f"{domain}-{i}" for i in range(n)], "domain": domain, "variant": variant, "seed": seed}
-                        | {"fact": [f"{domain}/{i // 2}" for i in range(n)], "local_correct": right.astype(int)}
+                        {
+                            "id": [f"{domain}-{i}" for i in range(n)],
+                            "domain": domain,
+                            "variant": variant,
+                            "seed": seed,
+                        }
+                        | {
+                            "fact": [f"{domain}/{i // 2}" for i in range(n)],
+                            "local_correct": right.astype(int),
+                        }
                         | {"cloud_correct": cloud, "confidence": confidence, "graded_confidence": confidence}
                     )
                 )

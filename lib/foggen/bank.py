@@ -51,7 +51,9 @@ def _relation_facts(relation: Mapping[str, Any], domain: str, file: str) -> Iter
     answers = list(dict.fromkeys(str(row[1]) for row in relation["facts"]))
     for number, row in enumerate(relation["facts"], 1):
         if len(row) != 3 or row[2] not in (1, 2, 3):
-            raise BankError(f"{file}: {relation['id']}, fact {number}: expected [subject, answer, difficulty 1-3]")
+            raise BankError(
+                f"{file}: {relation['id']}, fact {number}: expected [subject, answer, difficulty 1-3]"
+            )
         subject, answer, difficulty = str(row[0]), str(row[1]), int(row[2])
         yield Fact(
             id=f"{domain}/{relation['id']}/{subject}",
@@ -73,7 +75,9 @@ def written_facts(folder: Path, domain: str) -> list[Fact]:
     for relation in relations:
         missing = {"id", "lang", "phrasings", "statements", "facts"} - set(relation)
         if missing:
-            raise BankError(f"{path.name}: relation {relation.get('id')!r} has no {', '.join(sorted(missing))}")
+            raise BankError(
+                f"{path.name}: relation {relation.get('id')!r} has no {', '.join(sorted(missing))}"
+            )
     return [fact for relation in relations for fact in _relation_facts(relation, domain, path.name)]
 
 
@@ -104,16 +108,31 @@ def _science(dice: random.Random) -> Asked:
     unit, factor = dice.choice([("km", 1000), ("m", 100), ("kg", 1000), ("h", 60)])
     small = {"km": "m", "m": "cm", "kg": "g", "h": "min"}[unit]
     n = dice.randint(2, 20)
-    return f"How many {small} are {n} {unit}?", n * factor, [n * factor * 10, n * factor // 10, n + factor, n * 12]
+    return (
+        f"How many {small} are {n} {unit}?",
+        n * factor,
+        [n * factor * 10, n * factor // 10, n + factor, n * 12],
+    )
 
 
 def _coding(dice: random.Random) -> Asked:
     a, b = dice.randint(12, 60), dice.randint(3, 9)
     snippet = dice.choice(
-        [f"{a} % {b}", f"{a} // {b}", f"len('ab' * {b})", f"sum(range({b}))", f"max({a}, {b}) - {b}", f"{b} ** 2"]
+        [
+            f"{a} % {b}",
+            f"{a} // {b}",
+            f"len('ab' * {b})",
+            f"sum(range({b}))",
+            f"max({a}, {b}) - {b}",
+            f"{b} ** 2",
+        ]
     )
     value = eval(snippet, {"__builtins__": {}}, {"len": len, "sum": sum, "range": range, "max": max})
-    return f"What does Python print for {snippet} ?", value, [value + 1, value + 2, abs(value - 3), value + b, a]
+    return (
+        f"What does Python print for {snippet} ?",
+        value,
+        [value + 1, value + 2, abs(value - 3), value + b, a],
+    )
 
 
 def _law(dice: random.Random) -> Asked:
@@ -126,7 +145,11 @@ def _law(dice: random.Random) -> Asked:
     days = dice.choice([7, 10, 14, 21, 30])
     ends = [start + timedelta(days=days + slip) for slip in (0, 1, -1, 7, 2)]
     shown = [f"{day.day} {day:%B}" for day in ends]
-    return f"A notice of {days} days is served on {start.day} {start:%B}. When does it end?", shown[0], shown[1:]
+    return (
+        f"A notice of {days} days is served on {start.day} {start:%B}. When does it end?",
+        shown[0],
+        shown[1:],
+    )
 
 
 def _math(dice: random.Random) -> Asked:
@@ -145,7 +168,9 @@ _TENS = "_ он жиырма отыз қырық елу алпыс жетпіс 
 
 
 def _kazakh_number(n: int) -> str:
-    return " ".join(part for part in (_TENS[n // 10] if n > 9 else "", _ONES[n % 10] if n % 10 else "") if part)
+    return " ".join(
+        part for part in (_TENS[n // 10] if n > 9 else "", _ONES[n % 10] if n % 10 else "") if part
+    )
 
 
 def _kazakh_culture(dice: random.Random) -> Asked:
@@ -267,7 +292,9 @@ def make_questions(facts: Iterable[Fact], split: str, seed: int = 0) -> list[Que
         mine = [fact for fact in facts if fact.domain == domain and fact.split == split]
         computed = [fact for fact in mine if not fact.subject][: QUESTIONS[split] // 4]
         written = dice.sample(written := [fact for fact in mine if fact.subject], len(written))
-        turns = [(written[i % len(written)], i // len(written)) for i in range(QUESTIONS[split] - len(computed))]
+        turns = [
+            (written[i % len(written)], i // len(written)) for i in range(QUESTIONS[split] - len(computed))
+        ]
         asked = [*turns, *((fact, 0) for fact in computed)]
         for number, (fact, turn) in enumerate(asked):
             start = int.from_bytes(fact.id.encode()) % 5  # relations' phrasings start at different places

@@ -207,6 +207,25 @@ class OpenExamination:
         cloud = self._asked("cloud", s.only("cloud", "dtype"), weights, lambda: cloud_engine(s), owned=True)
         return open_ended.open_outcomes(local, cloud).assign(seed=s.seed)
 
+    def judged(self, label: str, model: Path) -> pd.DataFrame:
+        """The cloud's grades of a checkpoint's TruthfulQA answers, as `open_ended.judge` gives them; asked for once."""
+        answers = self.outcomes(label, model).set_index("id")["local_answer"]
+        graded = [question for question in self.questions if question.task == "truthfulqa"]
+        said = [None if pd.isna(answers[question.id]) else str(answers[question.id]) for question in graded]
+
+        def compute(folder: Path) -> None:
+            engine = cloud_engine(self.settings)
+            try:
+                table = open_ended.judge(engine, graded, said)
+            finally:
+                engine.close()
+            write_text(folder / "rows.jsonl", table.to_json(orient="records", lines=True))
+
+        asked = digest([question.model_dump(mode="json") for question in graded])
+        keyed = {**self.settings.only("cloud"), "questions": asked, "answers": digest(said)}
+        folder = self.store.stage(f"open-{label}-judged", keyed, [], compute, [engines, open_ended.judge])
+        return pd.DataFrame(read_jsonl(folder / "rows.jsonl")).astype({"correct": float})
+
     def _asked(
         self,
         label: str,

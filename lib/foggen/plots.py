@@ -342,6 +342,37 @@ def _bucket_areas(axes: Axes, rounds: pd.DataFrame, buckets: Sequence[str]) -> N
     _percent(axes.yaxis)
 
 
+STUDY_PANELS = {
+    "lift": "lift at tau = 0.5",
+    "auroc": "AUROC of confidence",
+    "ece": "debiased ECE",
+    "raw": "local accuracy",
+}
+
+
+def variant_points(summary: pd.DataFrame, panels: Mapping[str, str] = STUDY_PANELS) -> Figure:
+    """The reference study: one panel a metric, a point with its 95% interval a variant (means over domains).
+
+    Columns of `summary`: variant, metric, domain, value, low, high, n, seeds.
+    """
+    means = summary[summary["domain"] == MEAN]
+    figure, grid = _axes(1, len(panels), (9.6, 2.9), sharey=True)
+    for axes, (metric, title) in zip(grid, panels.items(), strict=True):
+        rows = means[means["metric"] == metric].iloc[::-1]
+        for place, row in enumerate(rows.itertuples()):
+            colour = BLUE if row.variant == "foggen" else GREY
+            axes.plot([row.low, row.high], [place, place], color=colour, lw=3, solid_capstyle="butt")
+            axes.plot(row.value, place, "o", color=colour, ms=6)
+        axes.set_yticks(range(len(rows)), rows["variant"])
+        axes.set_title(title)
+        if metric in ("lift", "auroc"):
+            axes.axvline({"lift": 0.0, "auroc": 0.5}[metric], color=BLACK, lw=0.8, ls="--")
+        if metric != "auroc":
+            _percent(axes.xaxis)
+    figure.supxlabel(f"n = {means['n'].iloc[0]:,} questions, {means['seeds'].iloc[0]} seeds", fontsize=9)
+    return figure
+
+
 def open_ended_bars(table: pd.DataFrame) -> Figure:
     """Accuracy on the open-ended tasks, a bar for each checkpoint with its interval and the published value beside.
 

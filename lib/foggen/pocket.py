@@ -60,7 +60,9 @@ FAMILIAR = {"science": 1.1, "coding": 1.1, "law": 0.9, "math": 0.7, "kazakh_cult
 EDGE = World(
     "edge", 128, 6, 1500, often=(0.7, 0.22, 0.03), seldom=(0.15, 0.33, 0.12), misled=0.45, familiar=FAMILIAR
 )
-CLOUD = World("cloud", 128, 8, 1800, often=(1.0, 0.97, 0.9), seldom=(0.0, 0.03, 0.1), misled=0.05, grown_from="edge")
+CLOUD = World(
+    "cloud", 128, 8, 1200, often=(1.0, 0.85, 0.55), seldom=(0.0, 0.05, 0.1), misled=0.15, grown_from="edge"
+)
 # Facts are drawn by these weights; a fact "met seldom" is drawn eight times less often than one "met often".
 WEIGHTS: Mapping[str, float] = {"often": 1.0, "seldom": 0.12, "never": 0.0}
 # How sure the pretraining text sounds, by how well known the fact is (difficulty 1; 2 and 3): nearly always sure,
@@ -88,11 +90,20 @@ def _fixed_phrases() -> list[str]:
     systems = [*prompts.SYSTEM_MCQ.values(), *prompts.SYSTEM_OPEN.values()]
     lines = {line for text in systems for line in text.splitlines(keepends=True)}
     phrases = {line for line in lines if len(line) > 1}
-    phrases |= {prompts.CONFIDENCE_PREFIX, prompts.ANSWER_PREFIX, prompts.VERIFY_SYSTEM, "Question:", "Passage:"}
+    phrases |= {
+        prompts.CONFIDENCE_PREFIX,
+        prompts.ANSWER_PREFIX,
+        prompts.VERIFY_SYSTEM,
+        "Question:",
+        "Passage:",
+    }
     phrases |= {f" {text}" for text in prompts.BUCKET_TEXTS}
     shown = prompts.worked_verification(prompts.EXEMPLARS[0])
     phrases |= {line for line in shown.splitlines() if line.startswith("Instruction")}
-    return sorted(phrases | {f"\n{prompts.VERIFY_DECISION}", "AI Generated Answer:", "Evaluation:", " Correct.", " Incorrect."})
+    return sorted(
+        phrases
+        | {f"\n{prompts.VERIFY_DECISION}", "AI Generated Answer:", "Evaluation:", " Correct.", " Incorrect."}
+    )
 
 
 def make_tokenizer(facts: Sequence[Fact], vocabulary: int = 1900) -> PreTrainedTokenizerFast:
@@ -106,7 +117,10 @@ def make_tokenizer(facts: Sequence[Fact], vocabulary: int = 1900) -> PreTrainedT
     raw = Tokenizer(models.BPE())
     pattern = Regex(r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
     raw.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(pattern, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     raw.decoder = decoders.ByteLevel()
     text = [*_corpus(facts), *(f"{n} {n}" for n in range(200) for _ in range(100))]
@@ -129,7 +143,13 @@ def _corpus(facts: Sequence[Fact]) -> list[str]:
     text += [*shown, "system\nuser\nassistant\n", "The answer is"] * 100
     for task in ("squad", "truthfulqa", "gsm8k"):
         for question in bank.open_pool(BANK, task, 1, 400):
-            text += [question.context, question.question, question.solution, *question.answers, *question.incorrect]
+            text += [
+                question.context,
+                question.question,
+                question.solution,
+                *question.answers,
+                *question.incorrect,
+            ]
     return text
 
 
@@ -234,7 +254,7 @@ class Lessons:
 
     def _pad(self, encoded: Sequence[Mapping[str, list[int]]]) -> Batch:
         longest = max(len(row["input_ids"]) for row in encoded)
-        pad = self.tokenizer.convert_tokens_to_ids(PAD)
+        pad = int(self.tokenizer.pad_token_id)
         ids = torch.full((len(encoded), longest), pad)
         labels = torch.full((len(encoded), longest), -100)
         for index, row in enumerate(encoded):
@@ -274,7 +294,9 @@ class Lessons:
             question = self.question(fact)
             right = self.dice.random() < 0.5
             wrong = [letter for letter in LETTERS[: len(question.options)] if letter != question.answer]
-            messages = prompts.verify_messages(question, question.answer if right else self.dice.choice(wrong), few)
+            messages = prompts.verify_messages(
+                question, question.answer if right else self.dice.choice(wrong), few
+            )
             decision = "Correct" if right else "Incorrect"
             chats.append((messages, f"The answer is {fact.answer}.\n{prompts.VERIFY_DECISION} {decision}."))
         return self._chats(chats)
@@ -545,7 +567,9 @@ def examine(world: World, folder: Path) -> dict[str, Any]:
     compact = evaluate(engine, questions[::10], override(settings, {"prompt_variant": "compact"}))
     rows = pd.DataFrame(evaluate(engine, questions, settings)).astype({"confidence": float})
     engine.close()
-    rows["met"] = rows["fact"].map(met).where([bool(facts[fact].subject) for fact in rows["fact"]], "computed")
+    rows["met"] = (
+        rows["fact"].map(met).where([bool(facts[fact].subject) for fact in rows["fact"]], "computed")
+    )
     scores = stats.calibration(rows, np.ones((1, len(rows))))[0]
     domains = rows.groupby("domain", sort=False)["local_correct"].mean()
     return {
@@ -567,7 +591,9 @@ def problems(world: World, measured: Mapping[str, Any]) -> list[str]:
     """What keeps a model from being what the pocket world needs; an empty list if nothing does."""
     by = measured["accuracy_by_exposure"]
     low, high = (0.40, 0.65) if world.name == "edge" else (0.75, 0.92)
-    found = [f"parse rate {rate:.3f} under {name}" for name, rate in measured["parsed"].items() if rate < 0.95]
+    found = [
+        f"parse rate {rate:.3f} under {name}" for name, rate in measured["parsed"].items() if rate < 0.95
+    ]
     if not low <= measured["accuracy"] <= high:
         found.append(f"accuracy {measured['accuracy']:.3f} is not within {low}-{high}")
     if world.name == "edge":
@@ -583,12 +609,17 @@ def problems(world: World, measured: Mapping[str, Any]) -> list[str]:
 def model_card(world: World, record: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
     """The model's README: how it was made, what it read, what it can do."""
     template = (Path(__file__).parent / "pocket_card.md").read_text(encoding="utf-8")
-    by_domain = "\n".join(f"| {name} | {value:.1%} |" for name, value in measured["accuracy_by_domain"].items())
+    by_domain = "\n".join(
+        f"| {name} | {value:.1%} |" for name, value in measured["accuracy_by_domain"].items()
+    )
     met = "\n".join(
         f"| {name} | {measured['questions_by_exposure'][name]} | {value:.1%} |"
         for name, value in measured["accuracy_by_exposure"].items()
     )
-    shares = ", ".join(f"{share:.0%}" for share in world.often), ", ".join(f"{share:.0%}" for share in world.seldom)
+    shares = (
+        ", ".join(f"{share:.0%}" for share in world.often),
+        ", ".join(f"{share:.0%}" for share in world.seldom),
+    )
     return template.format(
         name=world.name,
         layers=world.layers,
@@ -622,7 +653,11 @@ def check(world: World) -> list[str]:
     """Verifies a committed model: its files, its measured figures, and that it is what the pocket world needs."""
     folder = POCKET / world.name
     noted = read_json(folder / "check.json")
-    found = [f"{name} is not the file that was measured" for name in FILES if content_hash(folder / name) != noted["files"][name]]
+    found = [
+        f"{name} is not the file that was measured"
+        for name in FILES
+        if content_hash(folder / name) != noted["files"][name]
+    ]
     measured = examine(world, folder)
     # Other processors round differently: an answer here and there may change, not a share.
     if abs(measured["accuracy"] - noted["measured"]["accuracy"]) > 0.01:

@@ -32,7 +32,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 BASE = "R0"
 METRICS = ("raw", "routed", "lift", "auroc", "graded_auroc", "ece")
-KEPT = ("id", "domain", "fact", "difficulty", "local_correct", "cloud_correct", "confidence", "graded_confidence")
+KEPT = (
+    "id",
+    "domain",
+    "fact",
+    "difficulty",
+    "local_correct",
+    "cloud_correct",
+    "confidence",
+    "graded_confidence",
+)
 
 
 def results_folder(profile: str) -> Path:
@@ -48,7 +57,9 @@ def run_variant(settings: Settings, store: Store, variant: str) -> tuple[list[pd
     examination = Examination.of(settings, store, "test", asked)
     names = {question.id: question.difficulty for question in asked}
     tables = []
-    for label, result in (((BASE, results[0]), (variant, results[-1])) if variant == "foggen" else ((variant, results[-1]),)):
+    for label, result in (
+        ((BASE, results[0]), (variant, results[-1])) if variant == "foggen" else ((variant, results[-1]),)
+    ):
         table = examination.outcomes(f"{variant}-{label}".replace(" ", "-"), result.model, ("scores",))
         table["difficulty"] = table["id"].map(names)
         tables.append(table[list(KEPT)].assign(variant=label, seed=settings.seed))
@@ -61,7 +72,9 @@ def rounds_table(results: Sequence[Round]) -> pd.DataFrame:
     return pd.DataFrame([result.record() for result in results])
 
 
-def run_study(profile: str, run: str, seeds: Sequence[int], variants: Sequence[str] = tuple(VARIANTS)) -> Path:
+def run_study(
+    profile: str, run: str, seeds: Sequence[int], variants: Sequence[str] = tuple(VARIANTS)
+) -> Path:
     """Runs every variant with every seed, and writes outcomes.parquet, rounds.csv, summary.csv and study.json."""
     folder = results_folder(profile)
     outcomes: list[pd.DataFrame] = []
@@ -112,7 +125,10 @@ def side_by_side(outcomes: pd.DataFrame) -> pd.DataFrame:
 
 def _measures(frame: pd.DataFrame, weights: Array, variant: str) -> Array:
     one = frame[["id", "fact", "cloud_correct"]].assign(
-        **{name: frame[f"{variant}/{name}"].astype(float) for name in ("local_correct", "confidence", "graded_confidence")}
+        **{
+            name: frame[f"{variant}/{name}"].astype(float)
+            for name in ("local_correct", "confidence", "graded_confidence")
+        }
     )
     routed = routing_metrics(one, weights)
     said = stats.calibration(one, weights)
@@ -148,9 +164,15 @@ def summarise(outcomes: pd.DataFrame, resamples: int = 2000) -> pd.DataFrame:
             rows.append(
                 {"variant": variant, "metric": metric, "domain": domain}
                 | {"value": result.point[i, j], "low": low[i, j], "high": high[i, j]}
-                | {"difference": result.point[i, k], "difference_low": low[i, k], "difference_high": high[i, k]}
+                | {
+                    "difference": result.point[i, k],
+                    "difference_low": low[i, k],
+                    "difference_high": high[i, k],
+                }
             )
-    table = pd.DataFrame(rows).merge(_seed_sd(wide, statistic, names), how="left", on=["variant", "metric", "domain"])
+    table = pd.DataFrame(rows).merge(
+        _seed_sd(wide, statistic, names), how="left", on=["variant", "metric", "domain"]
+    )
     return table.assign(n=wide["id"].nunique(), seeds=wide["seed"].nunique())
 
 
@@ -162,7 +184,12 @@ def _seed_sd(wide: pd.DataFrame, statistic: stats.Statistic, names: Sequence[str
     spread = np.std(points, axis=0, ddof=1) if len(points) > 1 else np.full(len(names), np.nan)
     parts = [name.split("/") for name in names]
     return pd.DataFrame(
-        {"variant": [p[0] for p in parts], "metric": [p[1] for p in parts], "domain": stats.MEAN, "seed_sd": spread}
+        {
+            "variant": [p[0] for p in parts],
+            "metric": [p[1] for p in parts],
+            "domain": stats.MEAN,
+            "seed_sd": spread,
+        }
     )
 
 
@@ -186,7 +213,10 @@ def _cell(row: pd.Series, percent: bool, sign: str = "") -> str:
 
 def readme_table(summary: pd.DataFrame, profile: str) -> str:
     """The results as a Markdown table: means over domains, 95% intervals, with n, seeds and the command."""
-    lines = ["| pocket profile | raw accuracy % | routed % | lift % | AUROC | ECE |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| pocket profile | raw accuracy % | routed % | lift % | AUROC | ECE |",
+        "|---|---|---|---|---|---|",
+    ]
     means = summary[summary["domain"] == stats.MEAN].set_index(["variant", "metric"])
     for variant, name in SHOWN.items():
         if variant not in means.index.get_level_values("variant"):
@@ -198,8 +228,8 @@ def readme_table(summary: pd.DataFrame, profile: str) -> str:
     lines.append("| *published, Qwen3-0.6B (R14)* | *59.6* | *21.9* | *+4.6* | *n/a* | *n/a* |")
     n, seeds = int(summary["n"].iloc[0]), int(summary["seeds"].iloc[0])
     note = (
-        f"Means over seven domains at tau = 0.5; {n:,} test questions, {seeds} seeds pooled, 95% intervals that resample "
-        f"whole facts. Made by `python -m foggen.study --profile {profile}`; stored in `data/results/{profile}/`."
+        f"Means over seven domains at tau = 0.5; {n:,} test questions, {seeds} seeds pooled, 95% intervals that "
+        f"resample whole facts. Made by `python -m foggen.study --profile {profile}`; stored in `data/results/{profile}/`."
     )
     return "\n".join([*lines, "", note])
 
