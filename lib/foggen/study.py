@@ -56,11 +56,11 @@ def run_variant(settings: Settings, store: Store, variant: str) -> tuple[list[pd
     results = run_chain(settings, store, parts["train"], parts["dev"])
     examination = Examination.of(settings, store, "test", asked)
     names = {question.id: question.difficulty for question in asked}
+    # R0 is the same in every variant: it is examined once a seed.
+    checkpoints = {variant: results[-1]} | ({BASE: results[0]} if variant == "foggen" else {})
     tables = []
-    for label, result in (
-        ((BASE, results[0]), (variant, results[-1])) if variant == "foggen" else ((variant, results[-1]),)
-    ):
-        table = examination.outcomes(f"{variant}-{label}".replace(" ", "-"), result.model, ("scores",))
+    for label, result in checkpoints.items():
+        table = examination.outcomes(label.replace(" ", "-"), result.model, ("scores",))
         table["difficulty"] = table["id"].map(names)
         tables.append(table[list(KEPT)].assign(variant=label, seed=settings.seed))
     examination.edge.close()
@@ -229,7 +229,8 @@ def readme_table(summary: pd.DataFrame, profile: str) -> str:
     n, seeds = int(summary["n"].iloc[0]), int(summary["seeds"].iloc[0])
     note = (
         f"Means over seven domains at tau = 0.5; {n:,} test questions, {seeds} seeds pooled, 95% intervals that "
-        f"resample whole facts. Made by `python -m foggen.study --profile {profile}`; stored in `data/results/{profile}/`."
+        f"resample whole facts. Made by `python -m foggen.study --profile {profile}`; stored in "
+        f"`data/results/{profile}/`."
     )
     return "\n".join([*lines, "", note])
 
