@@ -409,7 +409,7 @@ def comparison_table(
     and dibc have 95% intervals (_low, _high) for the policies as they were fitted; `refitted_table` has those with the
     noise of fitting. dIBC is unstable where the cloud is nearly as good as the edge or where little is routed.
     """
-    weights = domain_weights(outcomes, resamples, seed)
+    weights = np.atleast_2d(domain_weights(outcomes, resamples, seed))
     confident = outcomes["confidence"].to_numpy(dtype=float, na_value=np.nan) >= tau
     v, rows = shares(outcomes), []
     for ratio in cost_ratios:
@@ -455,7 +455,7 @@ def refitted_table(
         found: dict[str, float] = {}
         for name, mask in masks.items():
             one = price(frame, mask, free if name == "FogGen" else costs, weights)
-            lift = lift_over_random(frame, mask)
+            lift = float(_lifts(frame, mask, weights[None])[0])
             values = {"accuracy": one.accuracy, "routed": one.routed, "lift": lift, "dibc": one.dibc}
             found |= {f"{name}:{key}": value for key, value in values.items()}
             found[f"{name}:difference"] = found["FogGen:lift"] - lift

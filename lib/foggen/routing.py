@@ -540,6 +540,7 @@ def published(name: str = "fg", path: Path = ROOT / "data" / "published.json") -
             ~mean, "random_again"
         ].mean()  # the mean over domains, too
         table["lift"] = table["sysacc"] - table["random"]
+        table.loc[mean, "lift"] = table.loc[~mean, "lift"].mean()  # 4.64, where the rounded columns give 4.7
     return table
 
 
