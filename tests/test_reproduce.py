@@ -155,6 +155,7 @@ def test_publish_strips_the_machine(folders, monkeypatch, tmp_path, capsys):
     cells = ("import sys; print('noise', file=sys.stderr)", "print('result')")
     source = notebook(folders[0], "01_first", *cells)
     monkeypatch.setattr("foggen.reproduce.ROOT", tmp_path)
+    (tmp_path / "README.md").write_text("before <!-- times: begin --> old <!-- times: end --> after")
     # the notebook's own default is this very run folder, so nothing is injected
     source.write_text(source.read_text().replace("runs/pocket", str(folders[1])))
     assert run(folders, "--publish") == 0
@@ -164,6 +165,8 @@ def test_publish_strips_the_machine(folders, monkeypatch, tmp_path, capsys):
         [cell.outputs for cell in book.cells]
     )
     assert book.cells[2].outputs[0].text == "result\n"
+    readme = (tmp_path / "README.md").read_text()
+    assert "| 01_first |" in readme and "old" not in readme and readme.endswith("after")
     assert all(set(cell.metadata) <= {"tags"} for cell in book.cells)
     assert run(folders, "--publish", "--seed", "3") == 2
     assert "not for publication" in capsys.readouterr().out

@@ -649,6 +649,18 @@ def install(world: World, made: Path) -> None:
     write_json(folder / "check.json", {"files": hashes, "measured": measured})
 
 
+def release(run: Path) -> Path:
+    """Copies the last round's checkpoint of a finished run to `data/pocket/foggen-r14`, with a model card."""
+    results = read_json(run / "done" / "02_rounds.json")
+    settings = read_json(run / "settings.json")
+    folder = POCKET / "foggen-r14"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(run / results["results"]["checkpoint"], folder)
+    card = (Path(__file__).parent / "release_card.md").read_text(encoding="utf-8")
+    write_text(folder / "README.md", card.format(headline=results["headline"], **settings))
+    return folder
+
+
 def check(world: World) -> list[str]:
     """Verifies a committed model: its files, its measured figures, and that it is what the pocket world needs."""
     folder = POCKET / world.name
@@ -672,7 +684,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="verify data/pocket; train nothing")
     parser.add_argument("--only", choices=("edge", "cloud"))
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "pocket-models", help="checkpoints")
+    parser.add_argument(
+        "--release", type=Path, metavar="RUN", help="install a finished run's last checkpoint"
+    )
     given = parser.parse_args(argv)
+    if given.release:
+        print(release(given.release).relative_to(ROOT))
+        return 0
     worlds = [world for world in (EDGE, CLOUD) if given.only in (None, world.name)]
     if given.check:
         found = [problem for world in worlds for problem in check(world)]

@@ -35,6 +35,7 @@ from foggen.store import (
     code_version,
     content_hash,
     digest,
+    fill,
     read_json,
     write_json,
     write_text,
@@ -203,6 +204,17 @@ def show_plan(plan: Plan) -> None:
         console.print(f"  {name} = {value}  ({form})", markup=False)
 
 
+def times_table(plan: Plan) -> str:
+    """The finished notebooks as a Markdown table: time, peak memory, headline result."""
+    lines = ["| notebook | time | peak memory | result |", "|---|---|---|---|"]
+    for notebook in plan.keys:
+        if plan.state(notebook) == "done":
+            record = read_json(plan.sentinel(notebook))
+            size = f"{record['peak'] / 2**30:.1f} GiB"
+            lines.append(f"| {notebook.stem} | {record['seconds']:.0f} s | {size} | {record['headline']} |")
+    return "\n".join(lines)
+
+
 def publish(plan: Plan, figures: Path) -> list[Path]:
     """Copies executed notebooks over their sources and the run's figures to `figures`; returns the notebooks.
 
@@ -227,6 +239,7 @@ def publish(plan: Plan, figures: Path) -> list[Path]:
     figures.mkdir(exist_ok=True)
     for figure in (plan.run / "figures").glob("*.*"):
         shutil.copy(figure, figures / figure.name)
+    fill(ROOT / "README.md", "times", times_table(plan))
     return published
 
 

@@ -54,6 +54,16 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
+def fill(path: Path, name: str, text: str) -> Path:
+    """Replaces what stands between `<!-- name: begin -->` and `<!-- name: end -->`. Raises ValueError without them."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"{path.name} has no place for {name}: expected {begin} and {end}")
+    return write_text(path, f"{before}{begin}\n{text}\n{end}{after}")
+
+
 def write_json(path: Path, value: object) -> Path:
     """Writes one JSON value, indented."""
     return write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

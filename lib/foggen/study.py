@@ -21,7 +21,7 @@ from foggen.questions import subset
 from foggen.rounds import Round, run_chain
 from foggen.routing import routing_metrics
 from foggen.stats import CALIBRATION, Array
-from foggen.store import ROOT, Store, progress, write_json, write_text
+from foggen.store import ROOT, Store, fill, progress, write_json
 
 # What is changed against the profile. The controls break the link between label and question, or drop the replay.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -197,7 +197,6 @@ def _seed_sd(wide: pd.DataFrame, statistic: stats.Statistic, names: Sequence[str
 # The README's table
 
 README = ROOT / "README.md"
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 SHOWN = {"R0": "raw edge model (R0)", "foggen": "**FogGen (R14)**"} | {
     "random labels": "control: random labels",
     "permuted labels": "control: labels permuted within a domain",
@@ -237,11 +236,7 @@ def readme_table(summary: pd.DataFrame, profile: str) -> str:
 
 def update_readme(profile: str = "pocket") -> None:
     """Writes the table of the stored results into the README, between its two marks."""
-    text = README.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    table = readme_table(load_results(profile)["summary"], profile)
-    write_text(README, f"{before}{BEGIN}\n{table}\n{END}{after}")
+    fill(README, "results", readme_table(load_results(profile)["summary"], profile))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
