@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_model, make_questions
+from tiny import make_model, make_questions
 
 from foggen.confidence import (
     Sample,
@@ -97,7 +97,7 @@ def test_sampling_counts_right_answers():
     assert sample["votes"] == "AAB--ACB" and sample["p_correct"] == 3 / 8 and sample["own_answer"] == "A"
     assert sample["tokens"] == 24 and len(sample["texts"]) == 8
     (sampling,) = engine.samplings
-    assert (sampling.n, sampling.temperature, sampling.max_tokens, sampling.seed) == (8, 0.7, 24, 7)
+    assert sampling == Sampling(n=8, temperature=0.7, max_tokens=POCKET.max_new_tokens, seed=7)
 
 
 def test_own_answer_is_the_majority_letter_first_said_on_ties():

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import make_questions
+from tiny import make_questions
 
 from foggen.questions import (
     DOMAINS,

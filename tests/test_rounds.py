@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_model, make_questions
+from tiny import make_model, make_questions
 
 from foggen import rounds
-from foggen.config import Settings, override
+from foggen.config import Settings, SettingsError, override
 from foggen.engines import Completion, Engine, Sampling, make_engine
 from foggen.prompts import Messages, encode_chat, mcq_messages, plain_ids, turn_end_id
 from foggen.questions import by_domain
-from foggen.rounds import calibration_questions, dev_metrics, encode_row, replay, run_chain, sft
+from foggen.rounds import calibration_questions, dev_metrics, encode_row, model_folder, replay, run_chain, sft
 from foggen.store import ROOT, Store, read_json, read_jsonl
 
 ROWS = [
@@ -261,6 +261,11 @@ def test_calibration_buffer_is_balanced(small, questions):
     assert {domain: len(group) for domain, group in by_domain(chosen).items()} == {"finance": 3, "law": 2}
 
 
+def test_a_model_that_is_nowhere_is_told_without_the_hub():
+    with pytest.raises(SettingsError, match="no such folder"):
+        model_folder("data/pocket/egde")
+
+
 def test_replay_draws_without_repetition():
     rows: Any = [{"id": str(index)} for index in range(10)]
     assert len({row["id"] for row in replay(rows, 7, seed=1)}) == 7
@@ -284,7 +289,7 @@ KILLED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
-from conftest import make_questions
+from tiny import make_questions
 from foggen.config import Settings
 from foggen.rounds import run_chain
 from foggen.store import Store, write_json

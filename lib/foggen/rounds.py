@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from foggen import confidence, engines, open_ended, prompts
 from foggen.confidence import SftRow
-from foggen.config import Settings, derive_seed
+from foggen.config import Settings, SettingsError, derive_seed
 from foggen.engines import Engine, Sampling
 from foggen.prompts import encode_chat, mcq_messages, parse_response, plain_ids, turn_end_id
 from foggen.questions import OpenQuestion, Question, by_domain, draw, draw_balanced, subset
@@ -32,6 +32,10 @@ def model_folder(model: str, revision: str | None = None) -> Path:
     """The folder of a model: of the checkout where it has one of that name, else the hub's local copy of it."""
     if (ROOT / model).is_dir():
         return ROOT / model
+    if model.count("/") > 1 or model.startswith((".", "/")):
+        raise SettingsError(
+            f"model {model!r}: no such folder in this checkout, and not the name of a hub model"
+        )
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(model, revision=revision))
