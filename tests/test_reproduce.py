@@ -57,12 +57,12 @@ def test_runs_in_order_and_keeps_what_is_unchanged(folders, capsys):
     notebook(folders[0], "00_quickstart", "raise SystemError('not part of a run')")
     assert run(folders) == 0
     out = capsys.readouterr().out
-    assert "half way" in out and "cell 3 of 3" in out and out.index("01_first") < out.index("02_second")
+    assert "half way" in out and "cell 4 of 4" in out and out.index("01_first") < out.index("02_second")
     assert "seed 0" in out and "GiB" in out
     before = done(folders, "02_second")
     started = time.time()
     assert run(folders) == 0
-    assert time.time() - started < 5
+    assert time.time() - started < 20
     assert done(folders, "02_second") == before
     assert "01_first: unchanged, kept" in capsys.readouterr().out
 

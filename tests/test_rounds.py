@@ -261,6 +261,13 @@ def test_calibration_buffer_is_balanced(small, questions):
     assert {domain: len(group) for domain, group in by_domain(chosen).items()} == {"finance": 3, "law": 2}
 
 
+def test_a_domain_without_questions_is_told(small, tmp_path, questions):
+    with pytest.raises(SettingsError, match=r"domains: no training questions for alchemy; there are finance"):
+        run_chain(
+            override(small, {"domains": ["law", "alchemy"]}), Store(tmp_path), questions, questions, Scripted
+        )
+
+
 def test_a_model_that_is_nowhere_is_told_without_the_hub():
     with pytest.raises(SettingsError, match="no such folder"):
         model_folder("data/pocket/egde")

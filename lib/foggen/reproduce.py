@@ -83,11 +83,12 @@ def notebook_key(notebook: Path, settings: Settings, before: str) -> str:
 
 
 def make_plan(settings: Settings, run: Path, parameters: Mapping[str, Any], folder: Path) -> Plan:
-    """All notebooks of a folder with their keys."""
+    """All notebooks of a folder with their keys; 00 feeds no other."""
     keys: dict[Path, str] = {}
     before = ""
     for notebook in sorted(folder.glob("[0-9][0-9]_*.ipynb")):
-        before = keys[notebook] = notebook_key(notebook, settings, before)
+        keys[notebook] = notebook_key(notebook, settings, before)
+        before = "" if notebook.stem < "01" else keys[notebook]
     return Plan(settings, run, parameters, keys)
 
 

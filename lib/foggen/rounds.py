@@ -313,6 +313,11 @@ class Chain:
     def rounds(self) -> Iterator[Round]:
         """R0, then every round, each as soon as it is done."""
         settings = self.settings
+        pools = by_domain(self.train)
+        if missing := [domain for domain in settings.domains if domain not in pools]:
+            raise SettingsError(
+                f"domains: no training questions for {', '.join(missing)}; there are {', '.join(pools)}"
+            )
         asked = calibration_questions(self.train, settings)
         model = model_folder(settings.edge.model, settings.edge.revision)
         install = settings.edge.format_install
@@ -324,14 +329,13 @@ class Chain:
         if install:
             model, training = self.sft("r00", model, buffer)
         yield self.round(0, None, model, rows, training)
-        pools = by_domain(self.train)
         used = {question.id for question in asked}
         known = {question.id: question for question in self.train}
         for number in range(1, settings.rounds + 1):
             name = f"r{number:02d}"
             domain = settings.domains[(number - 1) % len(settings.domains)]
             seed = derive_seed(settings.seed, name)
-            asked = draw(pools.get(domain, []), settings.new_rows, seed, used)
+            asked = draw(pools[domain], settings.new_rows, seed, used)
             used |= {question.id for question in asked}
             rows = self.label(name, model, asked, overall)
             new = cast(list[SftRow], read_jsonl(rows))
