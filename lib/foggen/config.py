@@ -138,6 +138,7 @@ class Settings(Part):
     prompt_variant: Literal["blank_line", "compact"]
     tau: float = Share
     dtype: Literal["auto", "float32", "bfloat16"]
+    threads: PositiveInt | None = Field(description="CPU threads of PyTorch; null leaves its own choice")
     lora: Lora
     sft: Sft
     engine: Literal["transformers", "vllm"] = Field(description="a round's checkpoints are local")

@@ -41,8 +41,17 @@ def model_folder(model: str, revision: str | None = None) -> Path:
     return Path(snapshot_download(model, revision=revision))
 
 
+def limit_threads(settings: Settings) -> None:
+    """Gives PyTorch the profile's number of CPU threads, for this process."""
+    import torch
+
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+
+
 def edge_engine(settings: Settings) -> EngineFactory:
     """Loads the edge model's checkpoints into the engine that the settings name."""
+    limit_threads(settings)
     options = {"dtype": settings.dtype, **settings.engine_options}
     return lambda folder: engines.make_engine(settings.engine, folder, **options)
 
@@ -97,6 +106,7 @@ def sft(
 
     from foggen.engines.transformers_engine import pick_dtype
 
+    limit_threads(settings)
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(model)
     encoded = [encode_row(tokenizer, row["messages"], row["target"]) for row in rows]
