@@ -9,7 +9,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from foggen.engines import EngineError, Sampling, make_engine
 from foggen.engines.transformers_engine import TransformersEngine, split_prefix
@@ -84,7 +93,7 @@ def one_by_one(engine: TransformersEngine, prompt: Messages, tokens: int) -> lis
     return out[0, ids.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("budget", [1, 700, 100_000])
+@pytest.mark.parametrize("budget", [1, 200, 100_000])
 def test_greedy_is_generate_token_by_token(engine: TransformersEngine, budget: int) -> None:
     small = TransformersEngine(engine.model, engine.tokenizer, token_budget=budget)
     prompts = chats(24)
@@ -96,9 +105,48 @@ def test_greedy_is_generate_token_by_token(engine: TransformersEngine, budget: i
     assert {got.finished for (got,) in mine} == {True, False}
 
 
+def test_copied_caches_give_the_same(engine: TransformersEngine) -> None:
+    plain = TransformersEngine(engine.model, engine.tokenizer)
+    plain.longest = 0  # as for models whose attention cannot be replaced
+    sampling, ends = Sampling(n=3, temperature=0.9, max_tokens=20), [[" 0.75", " 0.75 A", "B"]] * 9
+    assert engine.longest == math.inf
+    assert plain.generate(chats(9), sampling) == engine.generate(chats(9), sampling)
+    for one, other in zip(plain.score(chats(9), ends), engine.score(chats(9), ends), strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "longest"),
+    [("gemma3", 24), ("gemma3", 512), ("llama", math.inf), ("gpt2", math.inf), ("bloom", 0)],
+)
+def test_other_architectures(engine: TransformersEngine, kind: str, longest: float) -> None:
+    torch.manual_seed(0)
+    small = {
+        "vocab_size": len(engine.tokenizer),
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "initializer_range": 0.2,
+    }
+    more = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 128}
+    config = {
+        "gemma3": lambda: Gemma3TextConfig(**small, **more, sliding_window=int(min(longest, 512))),
+        "llama": lambda: LlamaConfig(**small, **more),
+        "gpt2": lambda: GPT2Config(vocab_size=len(engine.tokenizer), n_embd=64, n_layer=2, n_head=4),
+        "bloom": lambda: BloomConfig(**small, n_head=4),
+    }[kind]()
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.eos_token_id = [2, *range(40, 300, 12)]
+    other = TransformersEngine(model, engine.tokenizer)
+    assert other.longest == longest
+    for prompt, (got,) in zip(chats(7), other.generate(chats(7), Sampling(max_tokens=12)), strict=True):
+        want = one_by_one(other, prompt, 12)
+        assert got.text == other.tokenizer.decode(want, skip_special_tokens=True)
+
+
 def test_single_prompt_and_no_prompt(engine: TransformersEngine) -> None:
     assert engine.generate([], Sampling()) == []
     assert engine.score([], []) == []
+    assert engine.score(chats(2), [[], []]) == [[], []]
     alone = engine.generate(chats(1), Sampling(max_tokens=8))
     assert alone[0] == engine.generate(chats(4), Sampling(max_tokens=8))[0]
 
@@ -106,7 +154,7 @@ def test_single_prompt_and_no_prompt(engine: TransformersEngine) -> None:
 def test_samples_do_not_depend_on_neighbours_or_batches(engine: TransformersEngine) -> None:
     sampling = Sampling(n=4, temperature=0.9, max_tokens=6, seed=3)
     together = engine.generate(chats(10), sampling)
-    tight = TransformersEngine(engine.model, engine.tokenizer, token_budget=300)
+    tight = TransformersEngine(engine.model, engine.tokenizer, token_budget=100)
     assert tight.generate(chats(10), sampling) == together
     assert engine.generate(chats(10)[7:], sampling) == together[7:]
     assert engine.generate(chats(10), Sampling(n=4, temperature=0.9, max_tokens=6, seed=4)) != together

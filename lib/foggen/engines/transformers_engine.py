@@ -19,11 +19,14 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as bars
 
 from foggen.engines.base import Completion, EngineError, Sampling, cut_at_stop
-from foggen.engines.tree import State, attention, new_state, tree_problem
+from foggen.engines.tree import State, attention, new_state, tree_problem, window
 from foggen.prompts import Messages, encode_chat, plain_ids
 
 log = logging.getLogger(__name__)
 Ids = list[int]
+LOGITS = 1 << 28  # numbers of one batch's logits when scoring: 1 GiB
+CPU_CACHE = 4 << 30  # bytes that one batch's keys and values may take on a CPU
+BUDGET = {"cpu": 4096}  # tokens of one pass: a CPU's caches want few, a GPU many
 
 
 @contextmanager
@@ -39,23 +42,25 @@ def no_bars() -> Iterator[None]:
 
 
 class TransformersEngine:
-    """See `Engine`. `token_budget` bounds the tokens held in one batch's KV cache (rows times length)."""
+    """See `Engine`. `token_budget` bounds the tokens of one pass through the model (default: by device)."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         name: str = "",
-        token_budget: int = 32768,
+        token_budget: int | None = None,
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.name = name or str(model.config._name_or_path)
-        self.token_budget = token_budget
         self.device: torch.device = model.device
+        self.token_budget = token_budget or BUDGET.get(self.device.type, 65536)
         self.end_ids = _end_ids(model, tokenizer)
         problem = tree_problem(model)
-        self.tree = problem is None
+        self.longest = (
+            0 if problem else window(model)
+        )  # tokens up to which beginnings are shared without copies
         if problem:
             log.info("%s: shared beginnings are copied, since %s", self.name, problem)
 
@@ -77,11 +82,13 @@ class TransformersEngine:
     def generate(self, prompts: Sequence[Messages], sampling: Sampling) -> list[list[Completion]]:
         """As in `Engine`. A prompt's samples depend on the seed and on itself, not on its neighbours."""
         prefix, rest = split_prefix([encode_chat(self.tokenizer, messages) for messages in prompts])
+        tree = self._fits(prefix, rest, sampling.max_tokens)
         noise = sample_noise(prefix, rest, sampling) if sampling.temperature > 0 else None
         results: list[list[Completion]] = [[] for _ in prompts]
-        with attention(self.model, self.tree):
-            root = self._root(prefix)
-            for batch in self._batches(rest, len(prefix) + sampling.max_tokens, sampling.n):
+        with attention(self.model, tree):
+            root = self._root(prefix, tree)
+            few = 8 + sampling.max_tokens // 16  # texts are short, as a rule, and end together
+            for batch in self._batches(rest, tree, sampling.n * few, sampling.n * sampling.max_tokens):
                 uniform = (
                     None if noise is None else torch.from_numpy(noise[batch]).flatten(0, 1).to(self.device)
                 )
@@ -95,19 +102,22 @@ class TransformersEngine:
         self, prompts: Sequence[Messages], continuations: Sequence[Sequence[str]], temperature: float = 1.0
     ) -> list[list[float]]:
         """As in `Engine`. One prefill a prompt; continuations with a common beginning share its computation."""
-        ids = [encode_chat(self.tokenizer, messages) for messages in prompts]
-        ends = [[plain_ids(self.tokenizer, text) for text in texts] for texts in continuations]
-        if not all(all(texts) for texts in ends):
+        ids = {text: plain_ids(self.tokenizer, text) for texts in continuations for text in texts}
+        if not all(ids.values()):
             raise EngineError("score: a continuation is empty; expected at least one token")
-        prefix, rest = split_prefix(ids)
+        ends = [[ids[text] for text in texts] for texts in continuations]
+        stems = [_stems(texts) for texts in ends]
+        prefix, rest = split_prefix([encode_chat(self.tokenizer, messages) for messages in prompts])
         results: list[list[float]] = [[] for _ in prompts]
-        longest = max((len(end) for texts in ends for end in texts), default=0)
-        width = max((len(texts) for texts in ends), default=1)
-        with attention(self.model, self.tree):
-            root = self._root(prefix)
-            for batch in self._batches(rest, len(prefix) + longest, max(width, 1)):
-                scores = self._score(root, [rest[i] for i in batch], [ends[i] for i in batch], temperature)
-                for index, row in zip(batch, scores, strict=True):
+        most = max(map(len, stems), default=0)
+        width = max((len(stem) for own in stems for stem in own), default=0)
+        rows = LOGITS // max(1, most * width * self.model.config.get_text_config().vocab_size)
+        tree = self._fits(prefix, rest, width)
+        with attention(self.model, tree):
+            root = self._root(prefix, tree)
+            for batch in self._batches(rest, tree, most * width, most * width, max(rows, 1)):
+                some = [rest[i] for i in batch], [ends[i] for i in batch], [stems[i] for i in batch]
+                for index, row in zip(batch, self._score(root, *some, temperature), strict=True):
                     results[index] = row
         return results
 
@@ -125,9 +135,13 @@ class TransformersEngine:
         """Frees the weights."""
         del self.model
 
-    def _root(self, prefix: Ids) -> State:
+    def _fits(self, prefix: Ids, rows: list[Ids], more: int) -> bool:
+        """Whether all attention is full: beyond a sliding window it is not, and caches have to be copied."""
+        return len(prefix) + max(map(len, rows), default=0) + more <= self.longest
+
+    def _root(self, prefix: Ids, tree: bool) -> State:
         """The common prefix, computed once."""
-        root = new_state(self.model, self.tree)
+        root = new_state(self.model, tree)
         if prefix:
             root.extend(self._tensor([prefix]))
         return root
@@ -146,37 +160,41 @@ class TransformersEngine:
     ) -> list[Ids]:
         """Generated ids of `n` continuations of each row, in row order; the end token is kept."""
         state, logits = self._prefill(root, rows)
-        state, logits = state.fork(sampling.n), logits.repeat_interleave(sampling.n, 0)
-        alive = torch.arange(len(logits), device=self.device)
-        done: list[Ids] = [[] for _ in range(len(logits))]
+        n, width = (
+            sampling.n,
+            sampling.n,
+        )  # texts picked from one row of logits: n at first, then each has its own
+        done: list[Ids] = [[] for _ in range(len(rows) * n)]
+        alive = torch.arange(len(done), device=self.device)
         for step in range(sampling.max_tokens):
-            token = pick_tokens(
-                logits, sampling.temperature, None if uniform is None else uniform[alive, step]
-            )
+            drawn = None if uniform is None else uniform[alive, step].view(-1, width)
+            token = pick_tokens(logits, sampling.temperature, drawn, width).flatten()
             going = self._append(done, alive.tolist(), token.tolist(), sampling)
-            if not going.any() or step + 1 == sampling.max_tokens:
+            if not any(going) or step + 1 == sampling.max_tokens:
                 break
-            groups = going.view(-1, sampling.n).any(1)
+            if step == 0:
+                state, width = state.fork(n), 1
+            groups = self._tensor(going).view(-1, n).any(1)
             if not groups.all():
                 rest = state.keep(groups.nonzero()[:, 0])
                 alive, token = alive[rest], token[rest]
-            logits = state.extend(token[:, None], room=sampling.max_tokens)[:, -1]
+            logits = state.extend(token[:, None])[:, -1]
         return done
 
-    def _append(
-        self, done: list[Ids], alive: list[int], tokens: list[int], sampling: Sampling
-    ) -> torch.Tensor:
-        """Adds a step's tokens to the rows that go on; says which of these still do."""
-        going = [not self._ended(done[row], sampling) for row in alive]
-        for row, token, on in zip(alive, tokens, going, strict=True):
-            if on:
-                done[row].append(token)
-        return self._tensor([not self._ended(done[row], sampling) for row in alive])
+    def _append(self, done: list[Ids], alive: list[int], tokens: list[int], sampling: Sampling) -> list[bool]:
+        """Adds a step's tokens to the texts that go on; says which of these still do."""
+        going = []
+        for row, token in zip(alive, tokens, strict=True):
+            ids = done[row]
+            if not self._ended(ids, sampling):
+                ids.append(token)
+            going.append(not self._ended(ids, sampling))
+        return going
 
     def _ended(self, ids: Ids, sampling: Sampling) -> bool:
-        if not ids:
-            return False
-        text = str(self.tokenizer.decode(ids, skip_special_tokens=True)) if sampling.stop else ""
+        if not ids or not sampling.stop:
+            return bool(ids) and ids[-1] in self.end_ids
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
         return ids[-1] in self.end_ids or cut_at_stop(text, sampling.stop) != text
 
     def _completion(self, ids: Ids, sampling: Sampling) -> Completion:
@@ -185,48 +203,69 @@ class TransformersEngine:
         return Completion(text, len(ids), ids[-1] in self.end_ids or text != whole)
 
     def _score(
-        self, root: State, rows: list[Ids], ends: list[list[Ids]], temperature: float
+        self,
+        root: State,
+        rows: list[Ids],
+        ends: list[list[Ids]],
+        stems: list[list[Ids]],
+        temperature: float,
     ) -> list[list[float]]:
         """Log-probabilities of each row's ends. Only stems (ends but for their last token) are run, once each."""
         state, logits = self._prefill(root, rows)
-        first = (logits.float() / temperature).log_softmax(-1)
-        stems = [_stems(texts) for texts in ends]
-        later = self._later(state, stems, temperature)
-        results: list[list[float]] = []
-        for row, texts in enumerate(ends):
-            results.append([])
-            for end in texts:
-                total = first[row, end[0]]
-                if len(end) > 1:
-                    stem = next(k for k, own in enumerate(stems[row]) if own[: len(end) - 1] == end[:-1])
-                    places = torch.arange(len(end) - 1, device=self.device)
-                    total = total + later[row, stem, places, self._tensor(end[1:])].sum()
-                results[-1].append(float(total))
-        return results
+        flat = [(row, end) for row, texts in enumerate(ends) for end in texts]
+        if not flat:
+            return [[] for _ in ends]
+        total = _log_probability(logits, temperature, self._tensor([(row, end[0]) for row, end in flat]))
+        steps = [
+            (index, row, _stem_of(end, stems[row]), place, token)
+            for index, (row, end) in enumerate(flat)
+            for place, token in enumerate(end[1:])
+        ]
+        if steps:
+            index, *at = self._tensor(steps).unbind(1)
+            later = self._later(state, stems)
+            total = total.index_add(0, index, _log_probability(later, temperature, torch.stack(at, 1)))
+        values = iter(total.tolist())
+        return [[next(values) for _ in texts] for texts in ends]
 
-    def _later(self, state: State, stems: list[list[Ids]], temperature: float) -> torch.Tensor:
-        """Log-probabilities after each token of each stem [rows, stems, width, vocabulary]; pads on the right."""
+    def _later(self, state: State, stems: list[list[Ids]]) -> torch.Tensor:
+        """Logits after each token of each stem [rows, stems, width, vocabulary]; pads on the right."""
         most = max(map(len, stems))
-        width = max((len(stem) for own in stems for stem in own), default=0)
-        if not width:
-            return torch.empty(0)
+        width = max(len(stem) for own in stems for stem in own)
         flat = [stem for own in stems for stem in own + [[]] * (most - len(own))]
         ids = self._tensor([stem + [0] * (width - len(stem)) for stem in flat])
         logits = state.fork(most).extend(ids, last=False)
-        later = (logits.float() / temperature).log_softmax(-1)
-        return later.view(len(stems), most, *later.shape[1:])
+        return logits.view(len(stems), most, *logits.shape[1:])
 
-    def _batches(self, rows: list[Ids], extra: int, n: int) -> Iterator[list[int]]:
-        """Indices of rows, longest first (memory peaks at once), at most `token_budget` tokens a batch."""
+    def _batches(
+        self, rows: list[Ids], tree: bool, ahead: int, held: int, most: int | None = None
+    ) -> Iterator[list[int]]:
+        """Indices of rows, longest first: at most `most`, and as many as budget and memory allow.
+
+        After its own tokens a row is counted with `ahead` tokens in the budget, and may come to hold `held`.
+        Beyond a sliding window only rows of one length go together, since pads would take places in it.
+        """
+        memory = self._cache_tokens()
+        alike = not tree and self.longest > 0
         batch: list[int] = []
         for index in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
-            width = len(rows[batch[0]]) if batch else 0
-            if batch and (len(batch) + 1) * n * (width + extra) > self.token_budget:
+            width, count = (len(rows[batch[0]]) if batch else 0), len(batch) + 1
+            full = count * (width + ahead) > self.token_budget or count * (width + held) > memory
+            if batch and (full or len(batch) == most or (alike and len(rows[index]) < width)):
                 yield batch
                 batch = []
             batch.append(index)
         if batch:
             yield batch
+
+    def _cache_tokens(self) -> int:
+        """Tokens whose keys and values fit into half the GPU's free memory, or into CPU_CACHE."""
+        config = self.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        each = 2 * config.num_hidden_layers * heads * size * self.model.dtype.itemsize
+        free = torch.cuda.mem_get_info(self.device)[0] // 2 if self.device.type == "cuda" else CPU_CACHE
+        return int(free // each)
 
     def _tensor(self, values: Any) -> torch.Tensor:
         return torch.tensor(values, device=self.device)
@@ -267,13 +306,27 @@ def sample_noise(prefix: Ids, rows: list[Ids], sampling: Sampling) -> np.ndarray
     return noise
 
 
-def pick_tokens(logits: torch.Tensor, temperature: float, uniform: torch.Tensor | None) -> torch.Tensor:
-    """Greedy without `uniform` [rows]; else the token at which the cumulated probability passes it."""
+def pick_tokens(
+    logits: torch.Tensor, temperature: float, uniform: torch.Tensor | None, n: int = 1
+) -> torch.Tensor:
+    """n tokens a row [rows, n]: greedy without `uniform` [rows, n]; else where the cumulated probability passes it."""
     if uniform is None:
-        return logits.argmax(-1)
+        return logits.argmax(-1, keepdim=True).expand(-1, n)
     total = (logits.float() / temperature).softmax(-1).cumsum(-1)
-    wanted = uniform[:, None].to(total.dtype) * total[:, -1:]
-    return torch.searchsorted(total, wanted, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    wanted = uniform.to(total.dtype) * total[:, -1:]
+    return torch.searchsorted(total, wanted, right=True).clamp(max=logits.shape[-1] - 1)
+
+
+def _log_probability(logits: torch.Tensor, temperature: float, at: torch.Tensor) -> torch.Tensor:
+    """Of the tokens at the index tuples `at` [count, dimensions of logits], under softmax(logits / temperature)."""
+    scaled = logits.float() / temperature
+    places = at.unbind(1)
+    return scaled[places] - scaled.logsumexp(-1)[places[:-1]]
+
+
+def _stem_of(end: Ids, stems: list[Ids]) -> int:
+    """The stem that `end` but for its last token begins."""
+    return next((k for k, stem in enumerate(stems) if stem[: len(end) - 1] == end[:-1]), 0)
 
 
 def _stems(ends: list[Ids]) -> list[Ids]:

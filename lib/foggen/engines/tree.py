@@ -7,6 +7,7 @@ shared beginning is one matrix product for all its sequences (Juravsky et al. 20
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -34,20 +35,23 @@ class _Layer(CacheLayerMixin):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, past: list[Level], room: int) -> None:
+    def __init__(self, past: list[Level]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.past, self.room, self.length = past, room, 0
+        self.past, self.length = past, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        rows, heads, _, size = key_states.shape
-        self.keys = key_states.new_empty(rows, heads, self.room, size)
-        self.values = value_states.new_empty(rows, heads, self.room, value_states.shape[-1])
+        rows, heads, width, size = key_states.shape
+        room = max(width, 8)
+        self.keys = key_states.new_empty(rows, heads, room, size)
+        self.values = value_states.new_empty(rows, heads, room, value_states.shape[-1])
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end = self.length + key_states.shape[2]
+        if end > self.keys.shape[2]:  # twice the room, so that long texts are copied a few times only
+            self.keys, self.values = (torch.cat([part, part], 2) for part in (self.keys, self.values))
         self.keys[:, :, self.length : end] = key_states
         self.values[:, :, self.length : end] = value_states
         self.length = end
@@ -69,7 +73,7 @@ class TreeState:
     def __init__(
         self, model: PreTrainedModel, past: list[list[Level]] | None, position: Tensor, n: int
     ) -> None:
-        layers = model.config.num_hidden_layers
+        layers = model.config.get_text_config().num_hidden_layers
         self.model, self.position, self.n = model, position, n
         self.past: list[list[Level]] = past if past is not None else [[] for _ in range(layers)]
         self.bias: Tensor | None = None
@@ -91,14 +95,11 @@ class TreeState:
             ]
         return TreeState(self.model, past, self.position.repeat_interleave(n), n)
 
-    def extend(self, ids: Tensor, real: Tensor | None = None, room: int = 0, last: bool = True) -> Tensor:
-        """Logits [rows, 1 or width, vocabulary] after `ids` [rows, width]; `real` [rows, width] is false on pads.
-
-        `room` is the number of tokens to make room for at the first call after a fork.
-        """
+    def extend(self, ids: Tensor, real: Tensor | None = None, last: bool = True) -> Tensor:
+        """Logits [rows, 1 or width, vocabulary] after `ids` [rows, width]; `real` [rows, width] is 0 on pads."""
         width = ids.shape[1]
         if not self.layers:
-            self.layers = [_Layer(past, max(room, width)) for past in self.past]
+            self.layers = [_Layer(past) for past in self.past]
         self.bias = _causal(ids, real, self.model.dtype) if width > 1 else None
         count = torch.ones_like(ids) if real is None else real.long()
         positions = (self.position[:, None] + count.cumsum(1) - 1).clamp(min=0)
@@ -135,8 +136,7 @@ class PlainState:
         cache.batch_repeat_interleave(n)
         return PlainState(self.model, cache, self.mask.repeat_interleave(n, 0), n)
 
-    def extend(self, ids: Tensor, real: Tensor | None = None, room: int = 0, last: bool = True) -> Tensor:
-        del room  # these caches grow by themselves
+    def extend(self, ids: Tensor, real: Tensor | None = None, last: bool = True) -> Tensor:
         before = self.mask.sum(1, keepdim=True)
         count = torch.ones_like(ids) if real is None else real.long()
         self.mask = torch.cat([self.mask, count], 1)
@@ -170,7 +170,10 @@ def new_state(model: PreTrainedModel, tree: bool) -> State:
 
 def tree_problem(model: PreTrainedModel) -> str | None:
     """Why this model must run on copied caches, or None; decided by its logits on a few tokens."""
-    kinds = set(getattr(model.config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or []) - {
+        "full_attention",
+        "sliding_attention",
+    }
     if kinds or not model._can_set_attn_implementation():
         return f"its attention cannot be replaced {sorted(kinds)}"
     ids = torch.arange(1, 9, device=model.device)[None] % model.config.vocab_size
@@ -185,6 +188,13 @@ def tree_problem(model: PreTrainedModel) -> str | None:
             return f"its attention takes no further arguments ({error})"
     off = float((got - want).abs().max() / want.abs().max())
     return None if off < (1e-3 if model.dtype == torch.float32 else 5e-2) else f"logits differ by {off:.1%}"
+
+
+def window(model: PreTrainedModel) -> float:
+    """Tokens up to which every layer sees all of them."""
+    config = model.config.get_text_config()
+    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or [])
+    return float(config.sliding_window) if sliding and config.sliding_window else math.inf
 
 
 @contextmanager
