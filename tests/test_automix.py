@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from foggen import automix
 from foggen.automix import CANDIDATES, Bins, Costs, Intervals, Method, Policy
 from foggen.engines import Completion
 from foggen.questions import Question
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "automix"
 PEER_COLUMNS = {"verification": "p_ver_13b", "local_correct": "llama13b_f1", "cloud_correct": "llama70b_f1"}

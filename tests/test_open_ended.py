@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from foggen import open_ended
 from foggen.config import Settings, load_profile
 from foggen.engines import Completion, Sampling
 from foggen.open_ended import contains, exact_match, f1, final_number, rouge_l, same_number
 from foggen.prompts import Messages
 from foggen.questions import OpenQuestion, load_open_questions
-from hypothesis import given
-from hypothesis import strategies as st
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 real = pytest.mark.skipif(not DATA.is_dir(), reason=f"real rows are not at {DATA}")

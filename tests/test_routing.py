@@ -308,7 +308,8 @@ def test_tau_for_a_risk() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("max_risk", "true_safe"), [(0.145, math.inf), (0.24, 1.0), (0.305, 0.75)])
 def test_the_risk_bound_fails_at_most_delta_of_the_time(max_risk: float, true_safe: float) -> None:
-    delta, runs = 0.1, 1000  # true risks .15 at tau 1, .241 at .75, .310 at .5: the next bucket is just unsafe
+    # true risks .15 at tau 1, .241 at .75, .310 at .5: the next bucket is just unsafe
+    delta, runs = 0.1, 1000
     taus = [
         routing.choose_tau(make_outcomes(400, 1, seed), max_risk=max_risk, delta=delta).tau
         for seed in range(runs)
