@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -225,6 +225,8 @@ def tree_attention(
     rows, heads, width, size = query.shape
     share = heads // key.shape[1] * width  # queries of one key head
     levels = [*tree.layers[module.layer_idx].past, Level(key, value, tree.bias)]  # type: ignore[index]
+    if width > 1 and all(len(level.keys) == 1 for level in levels[:-1]):
+        return _prompts(query, levels, scaling), None
     lengths = [level.keys.shape[2] for level in levels]
     query = (query * (scaling or size**-0.5)).reshape(rows, -1, share, size)
     scores = query.new_empty(rows, key.shape[1], share, sum(lengths))
@@ -238,6 +240,20 @@ def tree_attention(
     for level, part in zip(levels, torch.split(weights, lengths, -1), strict=True):
         _grouped(out, len(level.keys)).add_(_apart(_spread(part, len(level.keys)) @ level.values, share))
     return out.view(rows, heads, width, size).transpose(1, 2).contiguous(), None
+
+
+def _prompts(query: Tensor, levels: list[Level], scaling: float | None) -> Tensor:
+    """Attention of prompts over the root and themselves: long enough for the fused kernel to be worth the copies."""
+    keys, values = (
+        torch.cat([cast(Tensor, level[part]).expand(len(query), -1, -1, -1) for level in levels], 2)
+        for part in (0, 1)
+    )
+    own = cast(Tensor, levels[-1].bias)[:, 0, 0]
+    bias = torch.nn.functional.pad(own, (keys.shape[2] - own.shape[-1], 0))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, keys, values, bias, scale=scaling, enable_gqa=query.shape[1] != keys.shape[1]
+    )
+    return out.transpose(1, 2).contiguous()
 
 
 def _select(level: Level, groups: Tensor) -> Level:
