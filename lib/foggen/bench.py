@@ -1,6 +1,6 @@
 """How fast the engines are against the usual ways of running a small model; one table of ratios from one run.
 
-`python -m foggen.bench [--model data/pocket/edge | smollm2] [--questions 256] [--repeats 3]`. The ways take turns, and
+`python -m foggen.bench [--model data/pocket/edge | smollm2] [--dtype auto] [--questions 256]`. The ways take turns, and
 each one's best time counts, since shared machines change their speed from minute to minute.
 """
 
@@ -96,12 +96,12 @@ def plain_settings(engine: TransformersEngine, **settings: Any) -> GenerationCon
     return GenerationConfig(max_new_tokens=64, eos_token_id=ends, pad_token_id=ends[0], **settings)
 
 
-def vllm_times(model: Path, count: int, repeats: int) -> Times | None:
+def vllm_times(model: Path, dtype: str, count: int, repeats: int) -> Times | None:
     """Seconds of vLLM in its own environment; None where that is not set up (`make test-vllm` does)."""
     if not VLLM_PYTHON.exists():
         return None
     command = [str(VLLM_PYTHON), "-m", "foggen.bench", "--inside-vllm", "--model", str(model)]
-    command += ["--questions", str(count), "--repeats", str(repeats)]
+    command += ["--dtype", dtype, "--questions", str(count), "--repeats", str(repeats)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "lib")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -110,9 +110,9 @@ def vllm_times(model: Path, count: int, repeats: int) -> Times | None:
     return times
 
 
-def inside_vllm(model: Path, questions: Sequence[Question], repeats: int) -> Times:
+def inside_vllm(model: Path, dtype: str, questions: Sequence[Question], repeats: int) -> Times:
     """Run in vLLM's environment: its best seconds for one and for eight answers a question."""
-    engine = make_engine("vllm", model, max_model_len=2048)
+    engine = make_engine("vllm", model, dtype=dtype, max_model_len=2048)
     prompts = [mcq_messages(question) for question in questions]
     ways: dict[str, Callable[[], object]] = {
         "vllm": lambda: engine.generate(prompts, ONE),
@@ -228,9 +228,11 @@ def verification_ratio(engine: TransformersEngine, questions: Sequence[Question]
     )
 
 
-def measure(model: Path, questions: Sequence[Question], repeats: int, demo: int = 16) -> dict[str, Any]:
+def measure(
+    model: Path, dtype: str, questions: Sequence[Question], repeats: int, demo: int = 16
+) -> dict[str, Any]:
     """All comparisons. The slow demo loop gets `demo` of the questions; its speed counts per question."""
-    engine = TransformersEngine.load(model)
+    engine = TransformersEngine.load(model, dtype)
     prompts = [mcq_messages(question) for question in questions]
     engine.generate(prompts, EIGHT)
     memory = peak_memory(engine.device)
@@ -246,7 +248,7 @@ def measure(model: Path, questions: Sequence[Question], repeats: int, demo: int 
     }
     times = best_times(ways, repeats)
     times["demo"] *= len(questions) / min(demo, len(questions))
-    vllm = vllm_times(model, len(questions), repeats)
+    vllm = vllm_times(model, dtype, len(questions), repeats)
     return {
         "model": str(model),
         "questions": len(questions),
@@ -354,6 +356,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the table and writes `data/results/bench/<model>.json`."""
     parser = argparse.ArgumentParser(prog="foggen.bench")
     parser.add_argument("--model", default="data/pocket/edge", help="a folder, or smollm2")
+    parser.add_argument(
+        "--dtype", default="auto", help="auto: bfloat16 where the hardware has it, else float32"
+    )
     parser.add_argument("--questions", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "results" / "bench")
@@ -363,9 +368,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = make_questions(load_facts(ROOT / "data" / "bank"), "test")
     questions = asked[:: max(1, len(asked) // given.questions)][: given.questions]
     if given.inside_vllm:
-        print(json.dumps(inside_vllm(model, questions, given.repeats)))
+        print(json.dumps(inside_vllm(model, given.dtype, questions, given.repeats)))
         return
-    found = measure(model, questions, given.repeats)
+    found = measure(model, given.dtype, questions, given.repeats)
     write_json(given.out / f"{model.name}.json", {**found, "model": given.model})
     print(table(found))
 
