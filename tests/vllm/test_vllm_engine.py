@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-pytest.importorskip("vllm", reason="vLLM is not in this environment; `make test-vllm` sets one up")
+pytest.importorskip("vllm.version", reason="vLLM is not in this environment; `make test-vllm` sets one up")
 
 from foggen.bank import load_facts, make_questions
 from foggen.engines import Sampling

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("vllm", reason="vLLM is not in this environment; `make test-vllm` sets one up")
+pytest.importorskip("vllm.version", reason="vLLM is not in this environment; `make test-vllm` sets one up")
 
 from foggen.bank import load_facts, make_questions
 from foggen.engines import EngineError, Sampling
