@@ -56,3 +56,5 @@ pocket-check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m foggen.bench $(ARGS)
+
+include vllm.mk
