@@ -620,7 +620,15 @@ def model_card(world: World, record: Mapping[str, Any], measured: Mapping[str, A
         ", ".join(f"{share:.0%}" for share in world.often),
         ", ".join(f"{share:.0%}" for share in world.seldom),
     )
+    factors = ", ".join(f"{name} {factor:g}" for name, factor in world.familiar.items())
     return template.format(
+        origin=(
+            f"It starts from the weights of the pocket {world.grown_from} model, with added layers, and so has read "
+            "what that model read;\nof the list below it reads part 3 alone.\n"
+            if world.grown_from
+            else ""
+        ),
+        familiar=f"; in some domains all these shares are multiplied ({factors})" if factors else "",
         name=world.name,
         layers=world.layers,
         hidden=world.hidden,

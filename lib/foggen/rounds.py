@@ -351,7 +351,7 @@ class Chain:
             new = cast(list[SftRow], read_jsonl(rows))
             old = replay(buffer, settings.replay_rows, seed)
             if settings.relabel_replay:
-                again = self.label(f"{name}-replay", model, [known[row["id"]] for row in old])
+                again = self.label(f"{name}-replay", model, [known[row["id"]] for row in old], overall)
                 old = cast(list[SftRow], read_jsonl(again))
             model, training = self.sft(name, model, [*new, *old])
             buffer += new
