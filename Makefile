@@ -42,7 +42,7 @@ lab: $(STAMP)
 	$(BIN)/jupyter lab notebooks
 
 lint: $(STAMP)
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/codespell
 
 clean:
 	rm -rf .venv runs build .pytest_cache .mypy_cache .ruff_cache .hypothesis lib/*.egg-info

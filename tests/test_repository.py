@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
+import sys
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +95,127 @@ class TestNotebook:
         assert names == ["profile", "run", "seed", "overrides"]
         last = "".join(cells(notebook)[-1]["source"])
         assert re.search(rf'\bfinish\(\s*run,\s*"{notebook.stem}"', last)
+
+
+# ---- links, spelling, citation
+
+
+def prose(file: Path) -> str:
+    """A Markdown file's text, or that of a notebook's Markdown cells; code fences are no prose."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".ipynb":
+        text = "\n".join("".join(one["source"]) for one in cells(file) if one["cell_type"] == "markdown")
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+def anchors(file: Path) -> set[str]:
+    """The names under which a Markdown file's headings can be linked to."""
+    heads = re.findall(r"^#+ +(.+)$", prose(file), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head).strip().lower().replace(" ", "-") for head in heads}
+
+
+def test_local_links_lead_somewhere():
+    broken = []
+    for file in tracked(".md", ".ipynb"):
+        if "lib" in file.relative_to(ROOT).parts:  # templates of the model cards, which lie elsewhere
+            continue
+        for target in re.findall(r"\]\(([^)\s]+)\)", prose(file)):
+            path, _, anchor = target.partition("#")
+            if re.match(r"[a-z]+:", target):
+                continue
+            place = (file.parent / path).resolve() if path else file
+            if not place.exists() or (anchor and anchor not in anchors(place)):
+                broken.append(f"{file.relative_to(ROOT)}: {target}")
+    assert not broken
+
+
+def test_spelling():
+    found = subprocess.run([sys.executable, "-m", "codespell_lib"], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+CITATION_FIELDS = {
+    "cff-version", "message", "title", "type", "authors", "license", "version", "keywords", "references", "abstract",
+    "repository-code", "url", "date-released",
+}  # fmt: skip
+
+
+class TestCitation:
+    """CITATION.cff against the parts of the format's schema (1.2.0) that it uses."""
+
+    @pytest.fixture
+    def citation(self) -> dict[str, Any]:
+        return dict(yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8")))
+
+    def test_has_the_fields_of_the_format(self, citation: dict[str, Any]) -> None:
+        assert {"cff-version", "message", "title", "authors"} <= set(citation) <= CITATION_FIELDS
+        assert citation["cff-version"] == "1.2.0" and citation["type"] in ("software", "dataset")
+
+    def test_people_and_references(self, citation: dict[str, Any]) -> None:
+        for entry in (citation, *citation["references"]):
+            assert entry["title"] and entry["type"] in ("software", "article", "generic", "dataset")
+            for author in entry["authors"]:
+                assert set(author) <= {"name", "family-names", "given-names", "orcid", "website", "alias"}
+            assert entry.get("url", "https://").startswith("https://")
+
+    def test_agrees_with_the_package(self, citation: dict[str, Any]) -> None:
+        import foggen
+
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        assert str(citation["version"]) == foggen.__version__
+        assert citation["license"] == project["license"]
+        assert f"## {foggen.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+# ---- who imports whom
+
+
+def imports(file: Path) -> set[str]:
+    """The foggen modules that a module imports when it runs; imports for type checkers alone do not count."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    hints = {id(node) for block in ast.walk(tree) if isinstance(block, ast.If)
+             and ast.unparse(block.test) == "TYPE_CHECKING" for node in ast.walk(block)}  # fmt: skip
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and id(node) not in hints:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name for name in names if name in GRAPH_FILES} or {node.module} & set(GRAPH_FILES)
+    return found
+
+
+GRAPH_FILES = {
+    ".".join(file.relative_to(ROOT / "lib").with_suffix("").parts).removesuffix(".__init__"): file
+    for file in (ROOT / "lib" / "foggen").rglob("*.py")
+}
+
+
+GRAPH = {name: imports(file) for name, file in GRAPH_FILES.items()}
+
+
+class TestImports:
+    def reached(self, name: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = [name]
+        while waiting:
+            new = GRAPH[waiting.pop()] - seen
+            seen |= new
+            waiting += new
+        return seen
+
+    def test_no_cycles(self) -> None:
+        # an engine's module is imported by its package when it is asked for, and imports `base` alone
+        assert list(TopologicalSorter(GRAPH).static_order())
+
+    def test_store_and_config_stand_at_the_bottom(self) -> None:
+        assert not GRAPH["foggen.store"] and not GRAPH["foggen.config"]
+
+    def test_programs_stand_at_the_top(self) -> None:
+        used = set().union(*GRAPH.values())
+        programs = {
+            name for name, file in GRAPH_FILES.items() if '__name__ == "__main__"' in file.read_text()
+        }
+        assert "foggen.reproduce" in programs and not programs & used
+
+    def test_tables_and_figures_need_no_model(self) -> None:
+        for name in ("foggen.stats", "foggen.routing", "foggen.plots", "foggen.report"):
+            assert not {one for one in self.reached(name) if "engine" in one or one == "foggen.rounds"}, name
