@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -158,8 +159,16 @@ def test_publish_strips_the_machine(folders, monkeypatch, tmp_path, capsys):
     (tmp_path / "README.md").write_text("before <!-- times: begin --> old <!-- times: end --> after")
     # the notebook's own default is this very run folder, so nothing is injected
     source.write_text(source.read_text().replace("runs/pocket", str(folders[1])))
-    assert run(folders, "--publish") == 0
+    assert run(folders) == 0
+    row = "| time, memory | `pocket`: not measured; `paper`: not measured |"
     book = nbformat.read(source, as_version=4)
+    book.cells.insert(0, nbformat.v4.new_markdown_cell(row))
+    nbformat.write(book, source)
+    assert run(folders, "--publish") == 0
+    assert "01_first: unchanged" in capsys.readouterr().out  # prose is not run again, and stays as it is
+    title, *cells = nbformat.read(source, as_version=4).cells
+    assert re.search(r"`pocket`: \d+ s, \d\.\d GiB; `paper`: not measured \|$", title.source)
+    book.cells = cells
     assert [cell.execution_count for cell in book.cells] == [1, 2, 3, 4]
     assert "papermill" not in json.dumps(book) and "noise" not in json.dumps(
         [cell.outputs for cell in book.cells]

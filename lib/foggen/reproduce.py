@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import os
+import re
 import shutil
 import sys
 import time
@@ -73,9 +74,14 @@ class Plan:
         return "done" if read_json(sentinel).get("key") == self.keys[notebook] else "changed"
 
 
+def code_cells(book: Any) -> list[Any]:
+    """A notebook's code cells."""
+    return [cell for cell in book.cells if cell.cell_type == "code"]
+
+
 def notebook_key(notebook: Path, settings: Settings, before: str) -> str:
-    """A hash of the settings, the notebook's source, the library, the data, and the notebooks before it."""
-    source = [[cell.cell_type, cell.source] for cell in nbformat.read(notebook, as_version=4).cells]
+    """A hash of the settings, the notebook's code (not its prose), the library, the data, and the notebooks before."""
+    source = [cell.source for cell in code_cells(nbformat.read(notebook, as_version=4))]
     data, edge, cloud = settings.data, settings.edge, settings.cloud
     named = [data.bank, data.questions, data.open_ended, edge.model, cloud.model, "data/published.json"]
     inputs = [content_hash(ROOT / name) for name in named if name and (ROOT / name).exists()]
@@ -216,25 +222,37 @@ def times_table(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def publish(plan: Plan, figures: Path) -> list[Path]:
-    """Copies executed notebooks over their sources and the run's figures to `figures`; returns the notebooks.
+def with_time(text: str, profile: str, sentinel: Path) -> str:
+    """A notebook's first cell with the profile's measured time and memory in the row `time, memory`."""
+    record = read_json(sentinel)
+    measured = f"{record['seconds']:.0f} s, {record['peak'] / 2**30:.1f} GiB"
+    return re.sub(
+        rf"(\| time, memory \|.*`{re.escape(profile)}`: )[^;|]*?(?=;| \|)", rf"\g<1>{measured}", text
+    )
 
-    What belongs to the machine goes: papermill's metadata, timings, stderr. Execution counts and outputs stay.
+
+def publish(plan: Plan, figures: Path) -> list[Path]:
+    """Puts outputs and measured times into the notebooks, and the run's figures into `figures`; returns the notebooks.
+
+    What belongs to the machine stays out: papermill's metadata, timings of cells, stderr.
     """
     published = []
     for notebook in plan.keys:
         if plan.state(notebook) != "done":
             continue
-        book = nbformat.read(plan.executed(notebook), as_version=4)
-        book.metadata.pop("papermill", None)
+        book, executed = (nbformat.read(path, as_version=4) for path in (notebook, plan.executed(notebook)))
+        if len(code_cells(executed)) != len(code_cells(book)):  # a cell of parameters was injected
+            raise SettingsError(
+                f"{notebook.name} ran with other parameters than its own: not for publication"
+            )
+        for cell, run in zip(code_cells(book), code_cells(executed), strict=True):
+            cell.outputs = [output for output in run.outputs if output.get("name") != "stderr"]
+            cell.execution_count = run.execution_count
         for cell in book.cells:
-            if "injected-parameters" in cell.metadata.get("tags", []):
-                raise SettingsError(
-                    f"{notebook.name} ran with other parameters than its own: not for publication"
-                )
             cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k == "tags" and v})
-            if cell.cell_type == "code":
-                cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        book.metadata = executed.metadata
+        book.metadata.pop("papermill", None)
+        book.cells[0].source = with_time(book.cells[0].source, plan.settings.name, plan.sentinel(notebook))
         write_text(notebook, nbformat.writes(book) + "\n")
         published.append(notebook)
     figures.mkdir(exist_ok=True)
