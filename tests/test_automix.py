@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foggen import automix
-from foggen.automix import CANDIDATES, Bins, Costs, Intervals, Method, Policy
+from foggen.automix import CANDIDATES, Costs, Method, Policy
 from foggen.engines import Completion
 from foggen.questions import Question
 
@@ -50,7 +50,7 @@ def ours_of(method: Method, parameter: Any) -> Policy:
         members: list[Method] = ["POMDPSimple", "GreedyPOMDP", "DoubleThreshold", "Threshold"]
         return ours_of(members[parameter[1]], parameter[0])
     values = tuple(parameter) if isinstance(parameter, list | tuple) else (parameter,)
-    return (Bins if method.endswith("POMDP") or method == "POMDPSimple" else Intervals)(method, values)
+    return Policy(method, values)
 
 
 def table(v: list[float], small: list[float], large: list[float]) -> pd.DataFrame:
@@ -131,18 +131,8 @@ def test_stored_grid(golden: dict[str, Any], rows: dict[str, pd.DataFrame], meth
 
 
 @stored
-def test_stored_categories_and_cost_regions(golden: dict[str, Any], rows: dict[str, pd.DataFrame]) -> None:
+def test_stored_categories(rows: dict[str, pd.DataFrame]) -> None:
     assert automix.categories(rows["all"]).tolist() == rows["all"]["category"].tolist()
-    methods: tuple[Method, ...] = ("Threshold", "POMDP")
-    for method in methods:
-        for region in golden["cost_regions_1_50"][method]:
-            policy = automix.fit(method, rows["train200"], Costs(), cost_range=tuple(region["region"]))
-            expected = ours_of(method, region["best_param"])
-            assert policy.parameter == expected.parameter
-            routed = policy.route(rows["test"]["verification"])
-            assert automix.price(rows["test"], routed, Costs()).dibc == pytest.approx(
-                region["lift"], abs=1e-9
-            )
 
 
 # --- the original package, live ----------------------------------------------------------------------------------
@@ -281,7 +271,7 @@ def test_defect_costs_given_to_the_evaluation_count() -> None:
     assert mixer.evaluate(data)[3] == mixer.evaluate(data, costs=[1, 500])[3], (
         "the original ignores the argument"
     )
-    routed = Intervals("SelfConsistency", (0.5,)).route(outcomes["verification"])
+    routed = Policy("SelfConsistency", (0.5,)).route(outcomes["verification"])
     cheap, dear = (automix.price(outcomes, routed, Costs(1.0, large, 1.0)).cost for large in (50.0, 500.0))
     assert dear - cheap == pytest.approx(450 * routed.mean())
 
@@ -311,11 +301,6 @@ def test_defect_every_share_falls_into_its_own_bin(bins: int) -> None:
     outcomes = table(shares.tolist(), [0.0] * (bins + 1), [1.0] + [0.0] * bins)
     nested = CANDIDATES["GreedyPOMDP"](outcomes, bins)
     assert [sum(policy.parameter) for policy in nested] == list(range(1, bins + 2))
-
-
-def test_defect_no_candidate_in_a_cost_range_is_a_named_error() -> None:
-    with pytest.raises(ValueError, match=r"Threshold: no candidate costs between 0.0 and 1.0"):
-        automix.fit("Threshold", random_table(4, 50), Costs(), cost_range=(0.0, 1.0))
 
 
 # --- worked by hand ----------------------------------------------------------------------------------------------
@@ -467,11 +452,11 @@ def test_an_empty_verification_is_one_that_could_not_be_read() -> None:
     assert automix.fit("Threshold", outcomes, Costs()).parameter == (0.0,)
 
 
-def test_lift_over_random_is_zero_for_all_or_none(outcomes: pd.DataFrame) -> None:
-    for value in (True, False):
-        assert automix.lift_over_random(outcomes, np.full(400, value)) == pytest.approx(0.0, abs=1e-12)
+def test_lift_over_random(outcomes: pd.DataFrame) -> None:
+    found = automix.worth(outcomes, [np.full(400, True), np.full(400, False)])
+    assert found.lift[0] == pytest.approx([0.0, 0.0], abs=1e-12) and found.rho[0].tolist() == [1.0, 0.0]
     toy = table([0, 1], [0, 1], [1, 1]).assign(domain="law")
-    assert automix.lift_over_random(toy, np.array([True, False])) == pytest.approx(0.25)  # 1.0 against 0.75
+    assert automix.worth(toy, [np.array([True, False])]).lift[0] == pytest.approx(0.25)  # 1.0 against 0.75
 
 
 def test_ten_fits_on_a_thousand_rows() -> None:
@@ -480,13 +465,6 @@ def test_ten_fits_on_a_thousand_rows() -> None:
     assert len(automix.fits("POMDP", pool.head(900), Costs())) == 1
     first = automix.fit("POMDP", pool.sample(1000, random_state=0), Costs())
     assert automix.fits("POMDP", pool, Costs())[0] == first
-
-
-def test_curve_rises_from_little_to_all(outcomes: pd.DataFrame) -> None:
-    points = automix.curve("Threshold", outcomes, outcomes)
-    assert points["routed"].is_monotonic_increasing and points["routed"].iloc[-1] == pytest.approx(1.0)
-    weights = automix.domain_weights(outcomes)
-    assert points["accuracy"].iloc[-1] == pytest.approx(float(weights @ outcomes["cloud_correct"]))
 
 
 def test_intervals_hold_their_values_and_refitting_widens_them(outcomes: pd.DataFrame) -> None:

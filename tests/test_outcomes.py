@@ -66,7 +66,7 @@ def test_an_outcomes_table_has_all_its_columns_and_is_asked_for_once(
     examination = Examination(small, Store(tmp_path / "run"), "test", questions, Loan(lambda _: engine))
     model = Path(__file__)
     table = routing.check_outcomes(examination.outcomes("r14", model))
-    named = {*routing.REQUIRED, *routing.NUMBERS, "votes", "question", "gold", "local_answer", "cloud_answer"}
+    named = set(routing.Outcome.model_fields)
     assert named <= {*table.columns, "seed"}
     right = [float(question.answer == "A") for question in questions]
     assert table["local_correct"].tolist() == table["cloud_correct"].tolist() == right

@@ -243,14 +243,15 @@ def test_mcnemar() -> None:
 
 def test_holm() -> None:
     np.testing.assert_allclose(stats.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    np.testing.assert_allclose(stats.holm([0.02, np.nan, 0.03]), [0.04, np.nan, 0.04])
     assert stats.holm([]).tolist() == [] and stats.holm([0.9, 0.8]).tolist() == [1.0, 1.0]
 
 
-def test_seed_spread() -> None:
+def test_seed_sd() -> None:
     runs = pd.concat([make_outcomes(50, seed=s).assign(seed=s) for s in range(3)], ignore_index=True)
-    spread = stats.seed_spread(runs, lambda f: pd.Series({"raw": f["local_correct"].mean()}))
-    expected = runs.groupby("seed")["local_correct"].mean()
-    assert spread.loc["raw"].tolist() == pytest.approx([expected.mean(), expected.std(), 3])
+    spread = stats.seed_sd(runs, lambda f, w: stats.means(w, f[["local_correct"]]), ["raw"])
+    expected = runs.groupby(["domain", "seed"])["local_correct"].mean().unstack()
+    assert spread[:, 0].tolist() == pytest.approx([*expected.std(axis=1), expected.mean().std()])
 
 
 # ---- simulations and speed

@@ -11,10 +11,10 @@ of routed queries, IBC = incremental benefit per cost, dIBC = its relative gain 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -45,7 +45,12 @@ _TOKENS = ("local_tokens", "verification_tokens")
 BINS = 8  # one bin a verification: v is a multiple of 1/8 when all eight can be read
 MAX_REWARD = 4999  # the POMDP's penalty for routing in vain is tried at every integer from 0 to here
 COST_RATIOS = (10.0, 50.0, 100.0)
-VERIFY_COSTS: tuple[float | Literal["tokens"], ...] = (0.0, 1.0, "tokens")
+UNION: tuple[Method, ...] = (
+    "POMDPSimple",
+    "GreedyPOMDP",
+    "DoubleThreshold",
+    "Threshold",
+)  # the paper's POMDP
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -111,12 +116,12 @@ class Costs:
 class Price(NamedTuple):
     """What a routing is worth: accuracy, routed share, cost a query, IBC, IBC of the base line, dIBC."""
 
-    accuracy: float
-    routed: float
-    cost: float
-    ibc: float
-    ibc_base: float
-    dibc: float
+    accuracy: Any  # each a float from `price`, an array of resamples in the tables
+    routed: Any
+    cost: Any
+    ibc: Any
+    ibc_base: Any
+    dibc: Any
 
 
 def column(outcomes: pd.DataFrame, name: str, empty: float = np.nan) -> Floats:
@@ -136,73 +141,49 @@ def shares(outcomes: pd.DataFrame) -> Floats:
     return column(outcomes, "verification", empty=0.0)
 
 
-def price(outcomes: pd.DataFrame, routed: ArrayLike, costs: Costs, weights: Floats | None = None) -> Price:
-    """Accuracy and cost of routing the masked rows; `weights` (n,) sum to 1, default: every row alike.
+def price(outcomes: pd.DataFrame, routed: ArrayLike, costs: Costs) -> Price:
+    """Accuracy and cost of routing the masked rows, every row alike.
 
     IBC = (P - P_S) / (C - c_S) with C = c_S + c_V + rho c_L; its base line is (P_L - P_S) / (c_L - c_S), without
     c_V; dIBC = (IBC - base) / |base|, so that more is better also where the cloud is worse than the edge. Spending
     nothing gains nothing: IBC = 0 at rho = c_V = 0. With P_L = P_S there is no base line, and dIBC is NaN.
     """
-    share = np.full(len(outcomes), 1 / len(outcomes)) if weights is None else weights
-    return Price(*(float(value[0]) for value in _prices(outcomes, routed, costs, share[None])))
+    mask, small = np.asarray(routed, dtype=float), column(outcomes, "local_correct")
+    gap = column(outcomes, "cloud_correct") - small
+    return Price(*map(float, _price(small.mean(), gap.mean(), (mask * gap).mean(), mask.mean(), costs)))
 
 
-def _prices(outcomes: pd.DataFrame, routed: ArrayLike, costs: Costs, weights: Floats) -> list[Floats]:
-    """The fields of `Price`, each (resamples,), for row weights (resamples, n)."""
-    mask = np.asarray(routed, dtype=float)
-    small, large = column(outcomes, "local_correct"), column(outcomes, "cloud_correct")
-    own, spread, gain, rho = (
-        weights @ np.stack([small, large - small, mask * (large - small), mask], axis=1)
-    ).T
-    extra, base = costs.verify + rho * costs.large, spread / (costs.large - costs.small)
-    ibc = stats.ratio(gain, extra, empty=0.0)
-    dibc = stats.ratio(ibc - base, np.where(np.abs(spread) > 1e-12, np.abs(base), 0.0))
-    return [own + gain, rho, costs.small + extra, ibc, base, dibc]
+def _price(small: Any, gap: Any, gain: Any, rho: Any, costs: Costs) -> Price:
+    """`price` from P_S, P_L - P_S, P - P_S and the routed share: numbers, or arrays of one shape."""
+    extra, base = costs.verify + rho * costs.large, gap / (costs.large - costs.small)
+    ibc = np.divide(gain, extra, out=np.zeros_like(extra), where=extra > 0)
+    dibc = np.divide(ibc - base, abs(base), out=np.full_like(ibc - base, np.nan), where=abs(gap) > 1e-12)
+    return Price(small + gain, rho, costs.small + extra, ibc, base, dibc)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Meta-verifiers: every method is a list of candidate policies; fitting picks one
 
 
-class Policy(Protocol):
-    """A rule that says from v alone which queries go to the cloud."""
-
-    @property
-    def method(self) -> Method: ...
-    @property
-    def parameter(self) -> tuple[float, ...]: ...
-    def route(self, v: ArrayLike) -> Mask:
-        """(n,) shares in 0..1 -> (n,) True where the cloud is asked."""
-        ...
-
-
 @dataclass(frozen=True)
-class Intervals:
-    """Routes where v lies in a closed interval; the ends are `parameter`, with 0 in front when their number is odd.
+class Policy:
+    """A rule that says from v alone which queries go to the cloud.
 
-    (t) is Threshold, v <= t; (t1, t2) is DoubleThreshold, t1 <= v <= t2; (t1, t2, t3) is TripleThreshold.
+    Of a POMDP, `parameter` has a 0 or 1 (routed) for each of B + 1 bins, and the bin nearest to v decides. Of the
+    others it holds the ends of closed intervals, with a 0 in front when their number is odd: (t) routes v <= t,
+    (t1, t2) routes t1 <= v <= t2, and (t1, t2, t3) routes v <= t1 or t2 <= v <= t3.
     """
 
     method: Method
     parameter: tuple[float, ...]
 
     def route(self, v: ArrayLike) -> Mask:
-        ends = (0.0,) * (len(self.parameter) % 2) + self.parameter
+        """(n,) shares in 0..1 -> (n,) True where the cloud is asked."""
         x = np.asarray(v, dtype=float)
-        pairs = zip(ends[::2], ends[1::2], strict=True)
-        routed: Mask = np.logical_or.reduce([(low <= x) & (x <= high) for low, high in pairs])
-        return routed
-
-
-@dataclass(frozen=True)
-class Bins:
-    """Routes where the bin nearest to v is marked 1 in `parameter`, which has one entry for each of B + 1 bins."""
-
-    method: Method
-    parameter: tuple[float, ...]
-
-    def route(self, v: ArrayLike) -> Mask:
-        return np.asarray(self.parameter, dtype=bool)[nearest_bin(v, len(self.parameter) - 1)]
+        if "POMDP" in self.method:
+            return np.asarray(self.parameter, dtype=bool)[nearest_bin(x, len(self.parameter) - 1)]
+        low, high = np.reshape((0.0,) * (len(self.parameter) % 2) + self.parameter, (-1, 2, 1)).swapaxes(0, 1)
+        return np.asarray(((low <= x) & (x <= high)).any(axis=0))
 
 
 def nearest_bin(v: ArrayLike, bins: int = BINS) -> NDArray[np.int64]:
@@ -218,19 +199,10 @@ def categories(outcomes: pd.DataFrame) -> NDArray[np.str_]:
     return np.select([small < large, (small == large) & (small != 0), low], names, "UNDEFINED")
 
 
-def _intervals(method: Method, ends: int, edges: int) -> Callable[[pd.DataFrame, int], list[Policy]]:
-    """Candidates whose ends are all the rising choices of `ends` among the first bins + `edges` multiples of 1/bins."""
-
-    def candidates(_: pd.DataFrame, bins: int) -> list[Policy]:
-        grid = [i / bins for i in range(bins + edges)]
-        return [Intervals(method, chosen) for chosen in combinations(grid, ends)]
-
-    return candidates
-
-
-def _self_consistency(_: pd.DataFrame, bins: int) -> list[Policy]:
-    """A majority vote: no choice to make."""
-    return [Intervals("SelfConsistency", (0.5,))]
+def _intervals(method: Method, ends: int, edges: int, bins: int) -> list[Policy]:
+    """Every rising choice of `ends` interval ends among the first bins + `edges` multiples of 1/bins."""
+    grid = [i / bins for i in range(bins + edges)]
+    return [Policy(method, chosen) for chosen in combinations(grid, ends)]
 
 
 def _pomdp_simple(outcomes: pd.DataFrame, bins: int) -> list[Policy]:
@@ -250,7 +222,7 @@ def _pomdp_simple(outcomes: pd.DataFrame, bins: int) -> list[Policy]:
     start = (100 * (needy + good + hopeless) - hopeless) // np.maximum(needy, 1) + 1
     start[needy == 0] = MAX_REWARD + 1
     rewards = [*np.unique(start[start <= MAX_REWARD])[::-1].tolist(), 0]
-    return [Bins("POMDPSimple", tuple((start <= reward).astype(int).tolist())) for reward in rewards]
+    return [Policy("POMDPSimple", tuple((start <= reward).astype(int).tolist())) for reward in rewards]
 
 
 def _greedy_pomdp(outcomes: pd.DataFrame, bins: int) -> list[Policy]:
@@ -261,55 +233,42 @@ def _greedy_pomdp(outcomes: pd.DataFrame, bins: int) -> list[Policy]:
     mean = np.bincount(index, weights=gain, minlength=bins + 1) / np.maximum(count, 1)
     order = np.argsort(gaussian_filter1d(mean, sigma=2), kind="stable")[::-1]
     rank = np.argsort(order)
-    return [Bins("GreedyPOMDP", tuple((rank <= last).astype(int).tolist())) for last in range(bins + 1)]
-
-
-def _pomdp(outcomes: pd.DataFrame, bins: int) -> list[Policy]:
-    """The union that the paper calls POMDP."""
-    members = (_pomdp_simple, _greedy_pomdp, CANDIDATES["DoubleThreshold"], CANDIDATES["Threshold"])
-    return [policy for member in members for policy in member(outcomes, bins)]
+    return [Policy("GreedyPOMDP", tuple((rank <= last).astype(int).tolist())) for last in range(bins + 1)]
 
 
 CANDIDATES: dict[Method, Callable[[pd.DataFrame, int], list[Policy]]] = {
-    "Threshold": _intervals("Threshold", 1, 1),
-    "DoubleThreshold": _intervals("DoubleThreshold", 2, 0),
-    "TripleThreshold": _intervals("TripleThreshold", 3, 0),
-    "SelfConsistency": _self_consistency,
+    "Threshold": lambda _, bins: _intervals("Threshold", 1, 1, bins),
+    "DoubleThreshold": lambda _, bins: _intervals("DoubleThreshold", 2, 0, bins),
+    "TripleThreshold": lambda _, bins: _intervals("TripleThreshold", 3, 0, bins),
+    "SelfConsistency": lambda _, bins: [
+        Policy("SelfConsistency", (0.5,))
+    ],  # a majority vote: no choice to make
     "POMDPSimple": _pomdp_simple,
     "GreedyPOMDP": _greedy_pomdp,
-    "POMDP": _pomdp,
+    "POMDP": lambda outcomes, bins: [policy for name in UNION for policy in CANDIDATES[name](outcomes, bins)],
 }
 
 
 def fit(
-    method: Method,
-    outcomes: pd.DataFrame,
-    costs: Costs,
-    bins: int = BINS,
-    always: ArrayLike | None = None,
-    cost_range: tuple[float, float] = (0.0, float("inf")),
+    method: Method, outcomes: pd.DataFrame, costs: Costs, bins: int = BINS, always: ArrayLike | None = None
 ) -> Policy:
     """The candidate with the highest dIBC on `outcomes` (verification, local_correct, cloud_correct); first wins a tie.
 
-    `always` (n,) marks rows that go to the cloud whatever v is (the original's fixed-answer routing). Candidates whose
-    cost a query is outside `cost_range` are left out; ValueError when none is left. Where the cloud is no better than
-    the edge, dIBC would reward losing accuracy at the highest cost: there the highest accuracy is taken.
+    `always` (n,) marks rows that go to the cloud whatever v is (the original's fixed-answer routing). Where the cloud
+    is no better than the edge, dIBC would reward losing accuracy at the highest cost: there the highest accuracy is
+    taken.
     """
     v = shares(outcomes)
     fixed = np.zeros(len(v), dtype=bool) if always is None else np.asarray(always, dtype=bool)
-    gain = column(outcomes, "cloud_correct") - column(outcomes, "local_correct")
+    gap = column(outcomes, "cloud_correct") - column(outcomes, "local_correct")
     policies = CANDIDATES[method](outcomes, bins)
     # Rows with the same v are routed alike: one column a distinct v keeps refitting inside a bootstrap cheap.
     values, where = np.unique(v[~fixed], return_inverse=True)
     masks = np.array([policy.route(values) for policy in policies], dtype=float)
     rho = (masks @ np.bincount(where, minlength=len(values)) + fixed.sum()) / len(v)
-    gains = (masks @ np.bincount(where, gain[~fixed], minlength=len(values)) + gain[fixed].sum()) / len(v)
-    extra = costs.verify + rho * costs.large
-    ibc = np.divide(gains, extra, out=np.zeros_like(extra), where=extra > 0)
-    worth = np.where(gain.sum() > 0, ibc, gains)  # IBC ranks as dIBC does: the base line is the same for all
-    worth[(costs.small + extra < cost_range[0]) | (costs.small + extra > cost_range[1])] = -np.inf
-    if not np.isfinite(worth).any():
-        raise ValueError(f"{method}: no candidate costs between {cost_range[0]} and {cost_range[1]} a query")
+    gain = (masks @ np.bincount(where, gap[~fixed], minlength=len(values)) + gap[fixed].sum()) / len(v)
+    # IBC ranks as dIBC does: the base line is the same for all.
+    worth = _price(0.0, gap.mean(), gain, rho, costs).ibc if gap.sum() > 0 else gain
     return policies[int(np.isclose(worth, worth.max(), rtol=1e-12, atol=1e-15).argmax())]
 
 
@@ -326,69 +285,47 @@ def fits(
 # Beside a one-pass confidence router
 
 
-def domain_weights(outcomes: pd.DataFrame, resamples: int = 0, seed: int = 0) -> Floats:
-    """Row weights that sum to 1 and make every weighted mean an average over domains, as in the tables: (n,).
+class Worth(NamedTuple):
+    """Means over domains, in every resample: P_S and P_L - P_S (resamples,); P - P_S, rho and lift (resamples, masks).
 
-    With `resamples` (1 + resamples, n): those, and then bootstrap copies of the rows (whole facts, within each domain).
+    The lift is that above sending the same share of each domain at random.
     """
-    rng = np.random.default_rng(seed)
-    weights = np.zeros((1 + resamples, len(outcomes)))
-    domains = outcomes.groupby("domain", sort=False).indices
-    for rows in domains.values():
-        counts = np.ones((1 + resamples, len(rows)))
-        if resamples:
-            counts[1:] = stats.draw_counts(stats.clusters(outcomes.iloc[rows]), resamples, rng)
-        weights[:, rows] = counts / (counts.sum(axis=1, keepdims=True) * len(domains))
-    return weights if resamples else weights[0]
+
+    small: Floats
+    gap: Floats
+    gain: Floats
+    rho: Floats
+    lift: Floats
 
 
-def lift_over_random(outcomes: pd.DataFrame, routed: Mask) -> float:
-    """Accuracy above sending the same share of each domain at random, averaged over domains."""
-    return float(_lifts(outcomes, routed, domain_weights(outcomes)[None])[0])
+def worth(outcomes: pd.DataFrame, masks: Sequence[Mask], resamples: int = 0, seed: int = 0) -> Worth:
+    """What each mask of routed rows is worth: the values as resample 0, then `resamples` bootstrap copies."""
+    frame = outcomes.assign(_row=np.arange(len(outcomes)))
+    routed = np.array(masks, dtype=float).T
+
+    def statistic(part: pd.DataFrame, weights: stats.Array) -> stats.Array:
+        mask, local = routed[part["_row"]], part["local_correct"].to_numpy(float)
+        gap = part["cloud_correct"].to_numpy(float) - local
+        means = stats.ratio(
+            weights @ np.column_stack([local, gap, mask * gap[:, None], mask]),
+            weights.sum(axis=1, keepdims=True),
+        )
+        gain, rho = np.split(means[:, 2:], 2, axis=1)
+        return np.concatenate([means, gain - rho * means[:, 1:2]], axis=1)
+
+    names = [""] * (2 + 3 * len(masks))
+    result = stats.bootstrap(frame, statistic, names, resamples, seed)
+    means = np.concatenate([result.point[-1:], result.draws[-1]])
+    return Worth(means[:, 0], means[:, 1], *np.split(means[:, 2:], 3, axis=1))
 
 
-def _lifts(outcomes: pd.DataFrame, routed: ArrayLike, weights: Floats) -> Floats:
-    """The lift (resamples,) for row weights (resamples, n) that sum to the same in every domain."""
-    gain = column(outcomes, "cloud_correct") - column(outcomes, "local_correct")
-    mask = np.asarray(routed, dtype=float)
-    lift = np.zeros(len(weights))
-    for rows in outcomes.groupby("domain", sort=False).indices.values():
-        part = weights[:, rows]
-        rho = (part @ mask[rows]) / part.sum(axis=1)
-        lift += part @ (gain * mask)[rows] - rho * (part @ gain[rows])
-    return lift
-
-
-def measured_verify_cost(outcomes: pd.DataFrame) -> float:
-    """c_V in units of c_S: tokens generated for verification over tokens generated for the answer."""
-    return float(column(outcomes, "verification_tokens").mean() / column(outcomes, "local_tokens").mean())
-
-
-def _row(outcomes: pd.DataFrame, routings: Sequence[Mask], costs: Costs, weights: Floats) -> dict[str, float]:
-    """Mean over fits of what a routing is worth, and the spread of dIBC over the fits; 95% intervals from the weights.
-
-    The first row of `weights` gives the values and the others the intervals.
-    """
-    draws = [[*_prices(outcomes, m, costs, weights), _lifts(outcomes, m, weights)] for m in routings]
-    names = (*Price._fields, "lift")
-    values = dict(zip(names, np.mean(draws, axis=0), strict=True))
-    found = {name: float(value[0]) for name, value in values.items()}
-    for name in ("accuracy", "routed", "lift", "dibc"):
-        known = values[name][1:][np.isfinite(values[name][1:])]
-        low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
-        found |= {f"{name}_low": float(low), f"{name}_high": float(high)}
-    spread = np.std([draw[names.index("dibc")][0] for draw in draws])
-    return {**found, "dibc_sd": float(spread), "fits": len(routings)}
-
-
-def _settings(outcomes: pd.DataFrame, ratios: Sequence[float]) -> Iterator[tuple[str, Costs]]:
-    """Every cost ratio with every c_V; measured tokens only where they were measured."""
-    measured = set(_TOKENS) <= set(outcomes.columns)
-    for ratio, charge in product(ratios, VERIFY_COSTS):
-        if charge != "tokens":
-            yield f"{charge:g} c_S", Costs(1.0, ratio, charge)
-        elif measured:
-            yield "tokens", Costs(1.0, ratio, measured_verify_cost(outcomes))
+def _settings(outcomes: pd.DataFrame, ratios: Sequence[float]) -> list[tuple[str, Costs]]:
+    """Every cost ratio with every c_V: nothing, c_S, and the measured tokens (over those of the answer) where known."""
+    charges = {"0 c_S": 0.0, "1 c_S": 1.0}
+    if set(_TOKENS) <= set(outcomes.columns):
+        answer, check = (float(column(outcomes, name).mean()) for name in _TOKENS)
+        charges["tokens"] = check / answer
+    return [(label, Costs(1.0, ratio, charge)) for ratio in ratios for label, charge in charges.items()]
 
 
 def comparison_table(
@@ -409,27 +346,48 @@ def comparison_table(
     and dibc have 95% intervals (_low, _high) for the policies as they were fitted; `refitted_table` has those with the
     noise of fitting. dIBC is unstable where the cloud is nearly as good as the edge or where little is routed.
     """
-    weights = np.atleast_2d(domain_weights(outcomes, resamples, seed))
-    confident = outcomes["confidence"].to_numpy(dtype=float, na_value=np.nan) >= tau
-    v, rows = shares(outcomes), []
-    for ratio in cost_ratios:
-        named = {"method": "FogGen", "parameter": str(tau), "ratio": ratio, "c_V": "0 c_S"}
-        rows.append({**named, **_row(outcomes, [~confident], Costs(1.0, ratio, 0.0), weights)})
+    cases: list[tuple[str, str, Costs, list[Policy | None]]] = [
+        ("FogGen", "0 c_S", Costs(1.0, ratio, 0.0), [None]) for ratio in cost_ratios
+    ]
     for method, (label, costs) in product(methods, _settings(outcomes, cost_ratios)):
-        policies = fits(method, fit_outcomes, costs)
-        usual = Counter((policy.method, policy.parameter) for policy in policies).most_common(1)[0][0]
-        named = {"method": method, "parameter": f"{usual[0]} {usual[1]}", "ratio": costs.large, "c_V": label}
-        rows.append({**named, **_row(outcomes, [policy.route(v) for policy in policies], costs, weights)})
+        cases.append((method, label, costs, [*fits(method, fit_outcomes, costs)]))
+    masks: dict[Policy | None, Mask] = {None: _unsure(outcomes, tau)}
+    masks |= {policy: policy.route(shares(outcomes)) for *_, found in cases for policy in found if policy}
+    values, place = worth(outcomes, [*masks.values()], resamples, seed), {p: i for i, p in enumerate(masks)}
+    rows = []
+    for name, label, costs, found in cases:
+        usual = Counter(found).most_common(1)[0][0]
+        rows.append(
+            {"method": name, "parameter": f"{usual.method} {usual.parameter}" if usual else str(tau)}
+            | {"n": len(outcomes), "ratio": costs.large, "c_V": label}
+            | _mean_of_fits(values, [place[policy] for policy in found], costs)
+        )
     table = pd.DataFrame(rows)
-    table.insert(2, "n", len(outcomes))
     one_pass = table["method"] == "FogGen"
     table["forward_passes"] = np.where(one_pass, 1, 1 + k)
     answer, check = (float(outcomes[name].mean()) if name in outcomes else np.nan for name in _TOKENS)
     table["tokens"] = np.where(one_pass, answer, answer + check)
-    reasons = {"dibc": "dibc: the cloud is as good as the edge", "tokens": "tokens: not measured"}
-    gaps = table[list(reasons)].isna().to_numpy()
-    table["note"] = ["; ".join(np.array(list(reasons.values()))[row]) for row in gaps]
-    return table
+    reasons = {"dibc": "dibc: the cloud is as good as the edge; ", "tokens": "tokens: not measured; "}
+    notes = [np.where(table[name].isna(), reason, "") for name, reason in reasons.items()]
+    return table.assign(note=["".join(one).removesuffix("; ") for one in zip(*notes, strict=True)])
+
+
+def _unsure(outcomes: pd.DataFrame, tau: float) -> Mask:
+    """What FogGen routes: no readable confidence, or one below tau."""
+    unsure: Mask = ~(outcomes["confidence"] >= tau).to_numpy(bool)
+    return unsure
+
+
+def _mean_of_fits(values: Worth, places: list[int], costs: Costs) -> dict[str, float]:
+    """Price and lift of the masks at `places`, averaged; 95% intervals; the spread of dIBC over the fits."""
+    gain, rho = values.gain[:, places], values.rho[:, places]
+    found = _price(values.small[:, None], values.gap[:, None] + 0 * gain, gain, rho, costs)._asdict()
+    found |= {"lift": values.lift[:, places]}
+    row = {name: float(value.mean(axis=1)[0]) for name, value in found.items()}
+    for name in ("accuracy", "routed", "lift", "dibc"):
+        draws = pd.Series(found[name].mean(axis=1)[1:])  # its quantile passes over undefined resamples
+        row |= {f"{name}_low": draws.quantile(0.025), f"{name}_high": draws.quantile(0.975)}
+    return row | {"dibc_sd": float(found["dibc"][0].std()), "fits": len(places)}
 
 
 def refitted_table(
@@ -444,27 +402,30 @@ def refitted_table(
     """FogGen and every meta-verifier at one cost, with intervals that contain the noise of fitting, a row a method.
 
     Each resample refits on a copy of `fit_outcomes` and judges on a copy of `outcomes`. accuracy, routed, lift and dibc
-    are means over domains; `difference` is FogGen's lift minus the method's, paired. FogGen has nothing to fit.
+    are means over domains; `difference` is FogGen's lift minus the method's, paired. FogGen has nothing to fit, and
+    pays no c_V.
     """
-    free = Costs(costs.small, costs.large, 0.0)
 
-    def evaluate(policies: dict[Method, Policy], frame: pd.DataFrame) -> dict[str, float]:
-        v, weights = shares(frame), domain_weights(frame)
-        unsure = ~(frame["confidence"] >= tau).to_numpy()
-        masks = {"FogGen": unsure} | {method: policy.route(v) for method, policy in policies.items()}
+    def evaluate(policies: list[Policy], frame: pd.DataFrame) -> dict[str, float]:
+        v = shares(frame)
+        values = worth(frame, [_unsure(frame, tau), *(policy.route(v) for policy in policies)])
         found: dict[str, float] = {}
-        for name, mask in masks.items():
-            one = price(frame, mask, free if name == "FogGen" else costs, weights)
-            lift = float(_lifts(frame, mask, weights[None])[0])
-            values = {"accuracy": one.accuracy, "routed": one.routed, "lift": lift, "dibc": one.dibc}
-            found |= {f"{name}:{key}": value for key, value in values.items()}
-            found[f"{name}:difference"] = found["FogGen:lift"] - lift
+        for place, name in enumerate(("FogGen", *methods)):
+            own = Costs(costs.small, costs.large, costs.verify if place else 0.0)
+            row = _price(values.small, values.gap, values.gain[:, place], values.rho[:, place], own)
+            lead, lift = values.lift[0, 0], values.lift[0, place]
+            found |= {
+                f"{name}:accuracy": row.accuracy[0],
+                f"{name}:routed": row.routed[0],
+                f"{name}:lift": lift,
+            }
+            found |= {f"{name}:dibc": row.dibc[0], f"{name}:difference": lead - lift}
         return found
 
     names = ["id", "domain", "fact", "local_correct", "cloud_correct", "confidence", "verification"]
     dev, test = (frame[[name for name in names if name in frame]] for frame in (fit_outcomes, outcomes))
     result = stats.nested_bootstrap(
-        dev, test, lambda frame: {m: fit(m, frame, costs) for m in methods}, evaluate, resamples, seed
+        dev, test, lambda frame: [fit(method, frame, costs) for method in methods], evaluate, resamples, seed
     )
     rows: dict[str, dict[str, float]] = {}
     for name, row in result.iterrows():
@@ -472,15 +433,3 @@ def refitted_table(
         ends = {metric: row["value"], f"{metric}_low": row["low"], f"{metric}_high": row["high"]}
         rows.setdefault(method, {"n": int(row["n"])}).update(ends)
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method").reset_index()
-
-
-def curve(
-    method: Method, outcomes: pd.DataFrame, fit_outcomes: pd.DataFrame, bins: int = BINS
-) -> pd.DataFrame:
-    """Accuracy against cloud share: routed share and accuracy (means over domains) of every candidate, by share."""
-    weights, v = domain_weights(outcomes), shares(outcomes)
-    policies = CANDIDATES[method](fit_outcomes, bins)
-    prices = [price(outcomes, policy.route(v), Costs(), weights) for policy in policies]
-    table = pd.DataFrame({"parameter": [str(policy.parameter) for policy in policies]})
-    table[["routed", "accuracy"]] = [(one.routed, one.accuracy) for one in prices]
-    return table.sort_values("routed", kind="stable", ignore_index=True)

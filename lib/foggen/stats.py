@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
+from scipy.sparse import csr_array
 from scipy.special import ndtr
 from scipy.stats import binomtest
 
@@ -31,19 +32,16 @@ CALIBRATION = ("parsed", "ece_bucket", "ece_bucket_debiased", "ece_mass", "ece_m
 ROUND = ("local_accuracy", "mean_confidence", "ece", "auroc", "parse_rate",
          *(f"bucket {bucket:g}" for bucket in BUCKETS))  # fmt: skip
 REASONS = {"auroc": "answers all right or all wrong", "auprc_errors": "no wrong answer"}
-REASONS |= dict.fromkeys(CALIBRATION[1:9], "no parsed confidence")
+REASONS |= dict.fromkeys((*CALIBRATION[1:9], "ece", "mean_confidence"), "no parsed confidence")
 _CHUNK = 256  # resamples evaluated together: 256 x 2,300 float32 weights stay in the cache
 _NOISE = 1e-6  # float32 rounding: a smaller difference is none
-_FEW = 32  # up to so many distinct scores a one-hot matrix product is faster than sorted sums
 
 
 # ---- resampling
 
 
 def clusters(frame: pd.DataFrame) -> Codes:
-    """Codes 0..C-1 of the units to resample: facts where known, else questions (so all seeds of one stay
-    together).
-    """
+    """Codes 0..C-1 of the units to resample: facts where known, else questions (so all seeds of one stay together)."""
     unit = frame["id"]
     if "fact" in frame:
         unit = unit.astype(str).where(frame["fact"].isna(), "fact " + frame["fact"].astype(str))
@@ -52,9 +50,7 @@ def clusters(frame: pd.DataFrame) -> Codes:
 
 
 def draw_counts(codes: Codes, resamples: int, rng: np.random.Generator) -> Array:
-    """(resamples, questions) float32 counts: how often each question is in each resample of the clusters
-    `codes`.
-    """
+    """(resamples, questions) float32 counts: how often each question is in each resample of the clusters `codes`."""
     size = int(codes.max()) + 1
     drawn = rng.integers(0, size, (resamples, size))
     counts = np.array([np.bincount(row, minlength=size) for row in drawn], np.float32)
@@ -63,14 +59,17 @@ def draw_counts(codes: Codes, resamples: int, rng: np.random.Generator) -> Array
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Point estimates (rows, metrics) and draws (rows, resamples, metrics); rows are the domains, then their
-    mean.
-    """
+    """Point estimates (rows, metrics) and draws (rows, resamples, metrics); rows are the domains, then their mean."""
 
     rows: tuple[str, ...]
     metrics: tuple[str, ...]
     point: Array
     draws: Array
+
+    def part(self, start: int, stop: int) -> Bootstrap:
+        """Some of the metrics."""
+        part = slice(start, stop)
+        return Bootstrap(self.rows, self.metrics[part], self.point[:, part], self.draws[..., part])
 
     def interval(self, level: float = 0.95) -> tuple[Array, Array]:
         """Percentile interval, each (rows, metrics).
@@ -86,9 +85,7 @@ class Bootstrap:
         return low, high
 
     def p_values(self) -> Array:
-        """Two-sided bootstrap p (rows, metrics) that the metric is 0: twice the smaller share of draws beyond
-        0.
-        """
+        """Two-sided bootstrap p (rows, metrics) that the metric is 0: twice the smaller share of draws beyond 0."""
         below, above = (self.draws <= _NOISE).sum(axis=1), (self.draws >= -_NOISE).sum(axis=1)
         p: Array = np.minimum(1.0, 2 * (1 + np.minimum(below, above)) / (1 + self.draws.shape[1]))
         return p
@@ -115,7 +112,7 @@ def bootstrap(
     (resamples, metrics). A domain without questions (an unused category) gives NaN and stays out of the mean.
     """
     domain = outcomes["domain"]
-    names = list(domain.cat.categories if isinstance(domain.dtype, pd.CategoricalDtype) else domain.unique())
+    names = domain.cat.categories if isinstance(domain.dtype, pd.CategoricalDtype) else domain.unique()
     point = np.full((len(names), len(metrics)), np.nan)
     draws = np.full((len(names), resamples, len(metrics)), np.nan)
     for d, name in enumerate(names):
@@ -126,8 +123,7 @@ def bootstrap(
             for start in range(0, resamples, _CHUNK):
                 size = min(_CHUNK, resamples - start)
                 draws[d, start : start + size] = statistic(frame, draw_counts(codes, size, rng))
-    rows = (*map(str, names), MEAN)
-    return Bootstrap(rows, tuple(metrics), _with_mean(point), _with_mean(draws))
+    return Bootstrap((*map(str, names), MEAN), tuple(metrics), _with_mean(point), _with_mean(draws))
 
 
 def _with_mean(values: Array) -> Array:
@@ -139,97 +135,100 @@ def _with_mean(values: Array) -> Array:
 
 def ratio(top: ArrayLike, bottom: ArrayLike, empty: float = np.nan) -> Array:
     """top / bottom, and `empty` where bottom is 0; float32 stays float32."""
-    divisor = np.asarray(bottom)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        quotient: Array = np.atleast_1d(np.true_divide(top, divisor))
-    quotient[np.broadcast_to(divisor == 0, quotient.shape)] = empty
-    return quotient
+    top, bottom = np.broadcast_arrays(np.atleast_1d(top), bottom)
+    out = np.full(top.shape, empty, np.result_type(top, bottom, np.float32))
+    return np.asarray(np.divide(top, bottom, out=out, where=bottom != 0))
+
+
+def means(weights: Array, columns: ArrayLike) -> Array:
+    """Weighted means (resamples, ...) of columns (questions, ...)."""
+    values = np.asarray(columns, weights.dtype)
+    return np.asarray((weights @ values) / weights.sum(axis=1, keepdims=values.ndim > 1))
+
+
+def correctness(frame: pd.DataFrame) -> tuple[Array, Array]:
+    """local_correct and cloud_correct, each (questions,)."""
+    return frame["local_correct"].to_numpy(float), frame["cloud_correct"].to_numpy(float)
+
+
+def seed_sd(outcomes: pd.DataFrame, statistic: Statistic, metrics: Sequence[str]) -> Array:
+    """Standard deviation (rows, metrics) over training seeds, ddof 1: the noise of training again.
+
+    Set it beside the interval of the pooled outcomes, which is the noise of asking other questions.
+    """
+    outcomes = outcomes.assign(domain=pd.Categorical(outcomes["domain"], outcomes["domain"].unique()))
+    runs = [bootstrap(part, statistic, metrics, 0).point for _, part in outcomes.groupby("seed")]
+    return np.asarray(np.std(runs, axis=0, ddof=1))
 
 
 def annotate(table: pd.DataFrame, outcomes: pd.DataFrame, reasons: Mapping[str, str]) -> pd.DataFrame:
     """Put `n` (questions) and `facts` (resampled units) after `domain`, and a `note` that explains every NaN."""
-    domain = outcomes["domain"].astype(str)
     units = pd.DataFrame({"n": pd.factorize(outcomes["id"])[0], "facts": clusters(outcomes)}, outcomes.index)
-    counts = units.groupby(domain).nunique()
+    counts = units.groupby(outcomes["domain"].astype(str)).nunique()
     counts.loc[MEAN] = counts.sum()
     counts = counts.reindex(table["domain"]).fillna(0).astype(int)
-    for position, name in enumerate(counts.columns, start=1):
+    for position, name in enumerate(counts, start=1):
         table.insert(position, name, counts[name].to_numpy())
-    inner = table[table["domain"] != MEAN]
-    partial = [c for c in inner if c in reasons and inner[c].isna().any() and not inner[c].isna().all()]
-    empty = inner["domain"][inner["n"] == 0].tolist()
-    table["note"] = [_explain(row, reasons, partial, empty) for _, row in table.iterrows()]
-    return table
+    return table.assign(note=[_explain(row, table, reasons) for _, row in table.iterrows()])
 
 
-def _explain(row: pd.Series, reasons: Mapping[str, str], partial: list[str], empty: list[str]) -> str:
+def _explain(row: pd.Series, table: pd.DataFrame, reasons: Mapping[str, str]) -> str:
     """Why cells of a row are NaN, and of what domains a mean is not."""
     if row["n"] == 0:
         return "no questions"
-    missing = [name for name in row.index if not isinstance(row[name], str) and pd.isna(row[name])]
-    found: dict[str, list[str]] = {}
-    for name in dict.fromkeys(name.removesuffix("_low").removesuffix("_high") for name in missing):
-        found.setdefault(
-            reasons.get(name, "undefined") if name in missing else "interval undefined", []
-        ).append(name)
+    found: dict[str, dict[str, None]] = {}  # reasons and their columns, each once and in order
+    for cell in row.index[row.isna()]:
+        name = cell.removesuffix("_low").removesuffix("_high")
+        reason = reasons.get(name, "undefined") if pd.isna(row[name]) else "interval undefined"
+        found.setdefault(reason, {})[name] = None
+    inner = table[table["domain"] != MEAN]
+    if row["domain"] == MEAN:
+        partial = [
+            name for name in reasons if name in inner and inner[name].isna().any() and pd.notna(row[name])
+        ]
+        found |= {"mean of the domains where defined": dict.fromkeys(partial)} if partial else {}
     notes = [f"{', '.join(names)}: {why}" for why, names in found.items()]
-    if row["domain"] == MEAN and (empty or partial):
-        notes += [f"without {', '.join(empty)}"] * bool(empty)
-        notes += [f"{', '.join(partial)}: mean of the domains where defined"] * bool(partial)
-    return "; ".join(notes)
+    empty = ", ".join(inner["domain"][inner["n"] == 0])
+    return "; ".join([*notes, f"without {empty}"] if row["domain"] == MEAN and empty else notes)
 
 
 # ---- ranking and calibration, each for a (resamples, questions) matrix of counts
 
 
-def tie_sums(score: Array | Codes, weights: Array, *values: Array) -> list[Array]:
+def tie_sums(score: Array | Codes, weights: Array, *values: ArrayLike) -> list[Array]:
     """Counts and sums of each of `values` per distinct score, ascending: arrays (resamples, levels)."""
     levels, group = np.unique(score, return_inverse=True)
-    columns = (np.ones(len(score)), *values)
-    if len(levels) <= _FEW:
-        member = group[:, None] == np.arange(len(levels))
-        return [weights @ (member * value[:, None]).astype(weights.dtype) for value in columns]
-    order = np.argsort(group, kind="stable")
-    starts, ordered = np.searchsorted(group[order], np.arange(len(levels))), weights[:, order]
-    return [
-        np.add.reduceat(ordered * value[order].astype(weights.dtype), starts, axis=1) for value in columns
-    ]
+    at, shape = (group, np.arange(len(group))), (len(levels), len(group))
+    columns = (np.asarray(value, weights.dtype) for value in (np.ones(len(group)), *values))
+    turned = np.ascontiguousarray(weights.T)
+    return [(csr_array((column, at), shape) @ turned).T for column in columns]
 
 
 def auroc(count: Array, right: Array) -> Array:
-    """P(a right answer scores above a wrong one), ties half, from `tie_sums`; NaN when all are right or all
-    wrong.
-    """
+    """P(a right answer scores above a wrong one), ties half, from `tie_sums`; NaN when all are right or all wrong."""
     wrong = count - right
     below = np.cumsum(wrong, axis=1) - wrong / 2
     return ratio((right * below).sum(axis=1), right.sum(axis=1) * wrong.sum(axis=1))
 
 
 def auprc_errors(count: Array, right: Array) -> Array:
-    """Average precision of finding wrong answers from the lowest score up (scikit-learn's definition, ties
-    together).
-    """
+    """Average precision of finding wrong answers from the lowest score up (as scikit-learn, ties together)."""
     wrong = count - right
     precision = ratio(np.cumsum(wrong, axis=1), np.cumsum(count, axis=1), empty=0.0)
     return ratio((wrong * precision).sum(axis=1), wrong.sum(axis=1))
 
 
 def aurc(count: Array, right: Array) -> Array:
-    """Area under the risk-coverage curve (Geifman et al. 2019), its exact mean over random orders within
-    ties.
+    """Area under the risk-coverage curve (Geifman et al. 2019), its exact mean over random orders within ties.
 
-    Keeping m tied answers of error rate r after n kept ones with e errors adds m r + (e - n r)(H(n+m) -
-    H(n)).
+    Keeping m tied answers of error rate r after n kept ones with e errors adds m r + (e - n r)(H(n+m) - H(n)).
     """
     count, wrong = count[:, ::-1], (count - right)[:, ::-1]
     total = np.cumsum(count, axis=1)
     harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, total[:, -1].max() + 1))])
-    risk, span = (
-        ratio(wrong, count, empty=0.0),
-        np.diff(harmonic[total.astype(np.int32)], axis=1, prepend=0.0),
-    )
-    area: Array = wrong + (np.cumsum(wrong, axis=1) - wrong - (total - count) * risk) * span
-    return ratio(area.sum(axis=1), total[:, -1])
+    span = np.diff(harmonic[total.astype(np.int32)], axis=1, prepend=0.0)
+    before = np.cumsum(wrong, axis=1) - wrong - (total - count) * ratio(wrong, count, empty=0.0)
+    return ratio((wrong + before * span).sum(axis=1), total[:, -1])
 
 
 def buckets(confidence: Array) -> Codes:
@@ -271,16 +270,13 @@ def _rate_variance(correct: Array, weights: Array, bins: Codes, units: Codes, ra
     The squared counts make it twice as large in a resample as in the sample, as it must be: a resample strays from the
     sample, which strayed from the truth.
     """
-    _, group = np.unique(bins, return_inverse=True)
-    _, first = np.unique(units, return_index=True)
-    n = np.zeros((len(first), group.max() + 1), weights.dtype)
-    r = n.copy()
-    np.add.at(n, (units, group), 1)
-    np.add.at(r, (units, group), correct)
-    squared = weights[:, first] ** 2
-    variance: Array = squared @ r**2 - 2 * rate * (squared @ (r * n)) + rate**2 * (squared @ n**2)
-    filled = np.maximum((n > 0).sum(axis=0), 2)  # units in the bin: the usual n / (n - 1)
-    return np.asarray(np.maximum(variance * (filled / (filled - 1)), 0))
+    _, first, cell = np.unique(np.stack([units, bins]), axis=1, return_index=True, return_inverse=True)
+    n, r = (np.bincount(cell, one) for one in (np.ones(len(cell)), correct))
+    _, rr, rn, nn = tie_sums(bins[first], weights[:, first] ** 2, r * r, r * n, n * n)
+    filled = np.maximum(
+        np.unique(bins[first], return_counts=True)[1], 2
+    )  # units in the bin: the usual n / (n - 1)
+    return np.asarray(np.maximum((rr - 2 * rate * rn + rate**2 * nn) * (filled / (filled - 1)), 0))
 
 
 def brier(confidence: Array, correct: Array, weights: Array) -> tuple[Array, Array, Array, Array]:
@@ -289,66 +285,52 @@ def brier(confidence: Array, correct: Array, weights: Array) -> tuple[Array, Arr
     For bucket-valued confidences brier = reliability - resolution + uncertainty; for graded ones the
     within-bucket scatter is the difference. `correct` in 0..1 counts as a probability of being right.
     """
-    total = weights.sum(axis=1)
-    loss = correct * (1 - confidence) ** 2 + (1 - correct) * confidence**2
+    loss = means(weights, correct * (1 - confidence) ** 2 + (1 - correct) * confidence**2)
     count, right, stated = tie_sums(buckets(confidence), weights, correct, confidence)
-    share, rate, level = ratio(count, total[:, None]), ratio(right, count, 0.0), ratio(stated, count, 0.0)
-    base = ratio(right.sum(axis=1), total)
+    share, base = ratio(count, weights.sum(axis=1, keepdims=True)), means(weights, correct)
+    rate, level = ratio(right, count, 0.0), ratio(stated, count, 0.0)
     reliability = (share * (level - rate) ** 2).sum(axis=1)
     resolution = (share * (rate - base[:, None]) ** 2).sum(axis=1)
-    return ratio(weights @ loss.astype(weights.dtype), total), reliability, resolution, base * (1 - base)
+    return loss, reliability, resolution, base * (1 - base)
 
 
 def router_score(outcomes: pd.DataFrame, column: str = "confidence") -> Array:
-    """What a router ranks by: the column, with -1 for an unparsed value, which goes to the cloud before any
-    other.
-    """
+    """What a router ranks by: the column, with -1 for an unparsed value, which goes to the cloud before any other."""
     score: Array = outcomes[column].fillna(-1.0).to_numpy(float)
     return score
 
 
 def calibration(frame: pd.DataFrame, weights: Array, column: str = "confidence") -> Array:
-    """The `CALIBRATION` metrics (resamples, metrics): errors over parsed confidences, ranking over all
-    answers.
-    """
+    """The `CALIBRATION` metrics (resamples, metrics): errors over parsed confidences, ranking over all answers."""
     correct, parsed = frame["local_correct"].to_numpy(float), frame[column].notna().to_numpy()
     count, right = tie_sums(router_score(frame, column), weights, correct)
-    columns = [ratio(weights @ parsed.astype(weights.dtype), weights.sum(axis=1))]
+    columns = [np.full(len(weights), np.nan)] * 8
     if parsed.any():
         stated, hits, kept = frame[column].to_numpy(float)[parsed], correct[parsed], weights[:, parsed]
         units = clusters(frame[parsed])
-        columns += ece(stated, hits, kept, buckets(stated), units)
-        columns += ece(stated, hits, kept, equal_mass(stated), units)
-        columns += brier(stated, hits, kept)
-    else:
-        columns += [np.full(len(weights), np.nan)] * 8
-    return np.stack([*columns, auroc(count, right), auprc_errors(count, right), aurc(count, right)], axis=1)
+        columns = [*ece(stated, hits, kept, buckets(stated), units)]
+        columns += [*ece(stated, hits, kept, equal_mass(stated), units), *brier(stated, hits, kept)]
+    ranking = [auroc(count, right), auprc_errors(count, right), aurc(count, right)]
+    return np.stack([means(weights, parsed), *columns, *ranking], axis=1)
 
 
 def calibration_table(
     outcomes: pd.DataFrame, column: str = "confidence", resamples: int = 10_000, seed: int = 0
 ) -> pd.DataFrame:
-    """Calibration and ranking per domain and their mean, each with a 95% interval; a `note` explains every
-    NaN.
-    """
+    """Calibration and ranking per domain and their mean, each with a 95% interval; a `note` explains every NaN."""
     result = bootstrap(outcomes, lambda frame, w: calibration(frame, w, column), CALIBRATION, resamples, seed)
     return annotate(result.table(), outcomes, REASONS)
 
 
-# ---- comparing routers
-
-
 def round_metrics(frame: pd.DataFrame, weights: Array) -> Array:
     """The `ROUND` metrics (resamples, metrics) of one checkpoint."""
-    stated, correct = frame["confidence"].to_numpy(float), frame["local_correct"].to_numpy(float)
-    said = stated[:, None] == np.array(BUCKETS)
-    sums = weights @ np.column_stack([correct, np.nan_to_num(stated), ~np.isnan(stated), said]).astype(
-        weights.dtype
-    )
+    stated = frame["confidence"].to_numpy(float)
+    said = means(weights, stated[:, None] == np.array(BUCKETS))
     measured = dict(zip(CALIBRATION, calibration(frame, weights).T, strict=True))
-    columns = [ratio(sums[:, 0], weights.sum(axis=1)), ratio(sums[:, 1], sums[:, 2])]
-    columns += [measured[name] for name in ("ece_bucket_debiased", "auroc", "parsed")]
-    return np.column_stack([*columns, sums[:, 3:] / weights.sum(axis=1, keepdims=True)])
+    accuracy, total = means(weights, np.column_stack([frame["local_correct"], np.nan_to_num(stated)])).T
+    stated_mean = ratio(total, measured["parsed"])
+    rest = [measured[name] for name in ("ece_bucket_debiased", "auroc", "parsed")]
+    return np.column_stack([accuracy, stated_mean, *rest, said])
 
 
 def round_table(outcomes: Mapping[int, pd.DataFrame], resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
@@ -356,32 +338,30 @@ def round_table(outcomes: Mapping[int, pd.DataFrame], resamples: int = 1000, see
 
     `outcomes` maps round numbers to the outcomes of their checkpoints; all rounds see the same resamples.
     """
-    parts = [
-        annotate(bootstrap(frame, round_metrics, ROUND, resamples, seed).table(), frame, REASONS).assign(
-            round=number
-        )
+    tables = {
+        number: annotate(bootstrap(frame, round_metrics, ROUND, resamples, seed).table(), frame, REASONS)
         for number, frame in outcomes.items()
-    ]
-    table = pd.concat(parts, ignore_index=True)
-    return table[["round", *table.columns.drop("round")]]
+    }
+    return pd.concat(tables, names=["round"]).reset_index(level="round").reset_index(drop=True)
+
+
+# ---- comparing routers and checkpoints
 
 
 def accuracy_at_share(score: Array, local: Array, cloud: Array, weights: Array, share: ArrayLike) -> Array:
-    """System accuracy (resamples,) when the lowest-scored `share` (scalar or one a resample) of questions is
-    routed.
+    """System accuracy (resamples,) when the lowest-scored `share` (scalar or one a resample) of questions is routed.
 
     Ties are routed at random, in expectation; so a constant score gives exactly the random line.
     """
     count, gain = tie_sums(score, weights, cloud - local)
-    raw = ratio(weights @ local.astype(weights.dtype), weights.sum(axis=1))
-    return raw + routed_gain(count, gain, share)
+    return means(weights, local) + routed_gain(count, gain, share)
 
 
 def routed_gain(count: Array, gain: Array, share: ArrayLike) -> Array:
     """Mean accuracy gained by routing the lowest `share` of the questions, from `tie_sums` of cloud - local."""
     total = count.sum(axis=1, keepdims=True)
     before = np.cumsum(count, axis=1) - count
-    routed = np.clip(np.reshape(np.asarray(share), (-1, 1)) * total - before, 0, count)
+    routed = np.clip(np.reshape(share, (-1, 1)) * total - before, 0, count)
     return ratio((routed * ratio(gain, count, empty=0.0)).sum(axis=1), total[:, 0])
 
 
@@ -400,15 +380,12 @@ def matched_difference(
     """
 
     def statistic(frame: pd.DataFrame, weights: Array) -> Array:
-        local, cloud = (frame[f"{side}_correct"].to_numpy(float) for side in ("local", "cloud"))
-        marked = frame[share].to_numpy(float) if isinstance(share, str) else np.full(len(frame), share)
-        at = ratio(weights @ marked.astype(weights.dtype), weights.sum(axis=1))
+        at = means(weights, frame[share] if isinstance(share, str) else np.full(len(frame), share))
+        local, cloud = correctness(frame)
         a, b = (accuracy_at_share(router_score(frame, c), local, cloud, weights, at) for c in (first, second))
         return np.stack([at, a, b, a - b], axis=1)
 
-    result = bootstrap(outcomes, statistic, ("share", first, second, "difference"), resamples, seed)
-    table = result.table().assign(p=result.p_values()[:, 3])
-    return annotate(table, outcomes, {})
+    return _compared(outcomes, statistic, ("share", first, second, "difference"), resamples, seed)
 
 
 def paired_change(
@@ -427,18 +404,22 @@ def paired_change(
     both = before.merge(after[["id", column]], on="id", suffixes=("", "_after"), validate="one_to_one")
 
     def statistic(frame: pd.DataFrame, weights: Array) -> Array:
-        values = frame[[column, f"{column}_after"]].to_numpy(weights.dtype)
-        means = ratio(weights @ values, weights.sum(axis=1, keepdims=True))
-        return np.column_stack([means, means[:, 1] - means[:, 0]])
+        values = means(weights, frame[[column, f"{column}_after"]])
+        return np.column_stack([values, values[:, 1] - values[:, 0]])
 
-    result = bootstrap(both, statistic, ("before", "after", "difference"), resamples, seed)
-    return annotate(result.table().assign(p=result.p_values()[:, 2]), both, {})
+    return _compared(both, statistic, ("before", "after", "difference"), resamples, seed)
+
+
+def _compared(
+    outcomes: pd.DataFrame, statistic: Statistic, metrics: Sequence[str], resamples: int, seed: int
+) -> pd.DataFrame:
+    """The table of a bootstrap, with the p of the last metric, the difference."""
+    result = bootstrap(outcomes, statistic, metrics, resamples, seed)
+    return annotate(result.table().assign(p=result.p_values()[:, -1]), outcomes, {})
 
 
 def mcnemar(first: ArrayLike, second: ArrayLike) -> float:
-    """Exact two-sided McNemar p for paired 0/1 outcomes; 1.0 without a discordant pair. Assumes independent
-    pairs.
-    """
+    """Exact two-sided McNemar p for paired 0/1 outcomes; 1.0 without a discordant pair. Assumes independent pairs."""
     a, b = np.asarray(first, float), np.asarray(second, float)
     if a.shape != b.shape or not np.isin([a, b], [0, 1]).all():
         raise ValueError("mcnemar: expected two equally long sequences of 0 and 1")
@@ -447,12 +428,15 @@ def mcnemar(first: ArrayLike, second: ArrayLike) -> float:
 
 
 def holm(p: ArrayLike) -> Array:
-    """Holm's adjusted p-values, in the order given: reject where <= alpha (family-wise error at most alpha)."""
+    """Holm's adjusted p-values, in the order given: reject where <= alpha (family-wise error at most alpha).
+
+    A NaN is no test: it stays, and does not count.
+    """
     values = np.asarray(p, float)
-    order = np.argsort(values)
-    steps = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
-    adjusted = np.empty_like(values)
-    adjusted[order] = np.minimum(steps, 1.0)
+    order, count = np.argsort(values), np.isfinite(values).sum()
+    adjusted = np.full_like(values, np.nan)
+    steps = values[order[:count]] * np.arange(count, 0, -1)
+    adjusted[order[:count]] = np.minimum(np.maximum.accumulate(steps), 1.0)
     return adjusted
 
 
@@ -476,8 +460,7 @@ def nested_bootstrap(
     resamples: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Intervals that contain the noise of choosing: each resample refits on a copy of `dev`, evaluates on one
-    of `test`.
+    """Intervals that contain the noise of choosing: a resample refits on a copy of `dev`, evaluates on one of `test`.
 
     One row a metric: value (fitted on dev as it is), low, high (95%) and n (test questions).
     """
@@ -486,13 +469,3 @@ def nested_bootstrap(
     draws = pd.DataFrame([evaluate(fit(from_dev(rng)), from_test(rng)) for _ in range(resamples)])
     low, high = draws.quantile(0.025), draws.quantile(0.975)
     return pd.DataFrame({"value": pd.Series(value), "low": low, "high": high, "n": test["id"].nunique()})
-
-
-def seed_spread(outcomes: pd.DataFrame, measure: Callable[[pd.DataFrame], pd.Series]) -> pd.DataFrame:
-    """Mean over training seeds and between-seed sd (ddof 1) of every entry of `measure(one seed's outcomes)`.
-
-    Set it beside the question-level interval of the pooled outcomes: the first is the noise of training
-    again, the second of asking other questions. The sd of a single seed is NaN; `seeds` says so.
-    """
-    runs = pd.DataFrame([measure(part) for _, part in outcomes.groupby("seed")])
-    return pd.DataFrame({"mean": runs.mean(), "seed_sd": runs.std(ddof=1), "seeds": len(runs)})
