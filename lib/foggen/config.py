@@ -6,6 +6,7 @@ the parameters do.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -137,7 +138,7 @@ class Settings(Part):
     label_control: Literal["none", "random", "permuted"]
     prompt_variant: Literal["blank_line", "compact"]
     tau: float = Share
-    dtype: Literal["auto", "float32", "bfloat16"]
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
     threads: PositiveInt | None = Field(description="CPU threads of PyTorch; null leaves its own choice")
     lora: Lora
     sft: Sft
@@ -156,6 +157,7 @@ class Settings(Part):
         return self.model_dump(mode="json", include=set(names))
 
 
+@functools.cache
 def parameter_names(part: type[BaseModel] = Settings, prefix: str = "") -> dict[str, str]:
     """Every parameter by its dotted name, with its expected form as text."""
     names: dict[str, str] = {}
