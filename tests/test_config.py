@@ -55,7 +55,11 @@ def test_every_profile_sets_every_parameter_and_nothing_else(name):
         ("tie=down", "tie", "down"),
         ("temperature=1", "temperature", 1.0),
         ("automix.temperature=0.5", "automix.temperature", 0.5),
-        ("format_install={labels_from: a/b}", "edge.format_install", {"labels_from": "a/b"}),
+        (
+            "format_install={labels_from: a/b}",
+            "edge.format_install",
+            {"labels_from": "a/b", "revision": None},
+        ),
         ("data.questions=a=b", "data.questions", "a=b"),
     ],
 )
@@ -112,8 +116,35 @@ def test_a_profile_of_ones_own(tmp_path: Path):
             load_profile(mine)
 
 
+def test_a_profile_can_state_only_what_differs_from_its_base(tmp_path: Path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("base: paper\nname: mine\nsft: {epochs: 3}\nengine_options: {}\ndomains: [law]\n")
+    paper, settings = load_profile("paper"), load_profile(mine)
+    assert (settings.sft.epochs, settings.sft.learning_rate) == (3, paper.sft.learning_rate)
+    assert settings.engine_options == {} and paper.engine_options and settings.domains == ["law"]
+    assert settings.only("cloud", "lora", "samples") == paper.only("cloud", "lora", "samples")
+    mine.write_text("base: smollm2\nname: mine\n")
+    with pytest.raises(SettingsError, match=r"mine\.yaml: its base smollm2 has a base itself"):
+        load_profile(mine)
+
+
+def test_gemma_270m_installs_the_format_with_its_sibling():
+    install = load_profile("paper-gemma3-270m").edge.format_install
+    sibling = load_profile("paper-gemma3-1b").edge
+    assert install is not None and (install.labels_from, install.revision) == (
+        sibling.model,
+        sibling.revision,
+    )
+
+
+def test_open_data_names_domain_and_licence_of_every_source():
+    sources = load_profile("open-data").data.sources
+    assert [domain for domain in DOMAINS if domain in {source.domain for source in sources}] == list(DOMAINS)
+    assert all(source.licence for source in sources)
+
+
 def test_unknown_profile_names_the_known_ones():
-    with pytest.raises(SettingsError, match="paper, pocket"):
+    with pytest.raises(SettingsError, match=r"paper, .*pocket"):
         load_profile("pockett")
 
 

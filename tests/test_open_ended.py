@@ -247,7 +247,7 @@ def test_hub_splits_in_two_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> No
     assert [one.id for one in first] != sorted(one.id for one in first)
     assert asked[0] == (
         ("openai/gsm8k", "main"),
-        {"split": "test", "revision": open_ended.HUB["gsm8k"].revision},
+        {"split": "test", "revision": open_ended.HUB["gsm8k"].revision, "token": False},
     )
 
 

@@ -64,11 +64,11 @@ def test_all_bad_rows_are_told_together(tmp_path):
         {**GOOD, "id": "q4", "options": ["a", "a"]},
         {**GOOD, "id": "q5", "options": ["a", " "]},
         {key: value for key, value in GOOD.items() if key != "question"} | {"id": "q6"},
-        {**GOOD, "id": "q7", "options": ["1", 2]},
-        {**GOOD, "id": "q8", "answer": "b"},
+        {**GOOD, "id": "q7", "options": ["1", ["2"]]},
+        {**GOOD, "id": "q8", "answer": "both"},
         {**GOOD, "id": "q9", "domain": ""},
         '"a text"',
-        {**GOOD, "id": 5},
+        {**GOOD, "id": ["q12"]},
     )
     jsonl(tmp_path / "two.jsonl", GOOD)
     (tmp_path / "wrong.jsonl").write_bytes(b"\xff\xfe")

@@ -1,6 +1,7 @@
 """Profiles: every parameter of the recipe, named once, validated on load.
 
-A profile is one YAML file that sets all of them; a run may override single values by name. Knows nothing of what
+A profile is one YAML file that sets all of them, or names another as its `base` and sets what differs. A run may
+override single values by name. Knows nothing of what
 the parameters do.
 """
 
@@ -14,6 +15,8 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+
+from foggen.shapes import Columns
 
 PROFILES = Path(__file__).parent / "profiles"
 Share = Field(ge=0, le=1)
@@ -48,12 +51,17 @@ class Sft(Part):
     batch_size: PositiveInt
     gradient_accumulation: PositiveInt
     max_length: PositiveInt = Field(description="tokens a row; longer rows are left out, and counted")
+    packing: bool = Field(description="a batch's rows joined into one sequence without pads")
+    attention: str = Field(description="transformers' attn_implementation: sdpa, flash_attention_2, ...")
+    liger: bool = Field(description="Liger kernels; needs the package liger-kernel and a GPU")
+    processes: PositiveInt = Field(description="GPUs that share a batch, through accelerate launch")
 
 
 class FormatInstall(Part):
     """One SFT pass before the chain, for models that cannot follow the format: who labels the buffer."""
 
     labels_from: str
+    revision: str | None = None
 
 
 class Edge(Part):
@@ -69,6 +77,7 @@ class Cloud(Part):
 
     engine: Literal["transformers", "vllm", "openai"]
     model: str
+    revision: str | None
     base_url: str | None
     key_variable: str | None = Field(
         description="environment variable that holds the key, never the key itself"
@@ -76,10 +85,28 @@ class Cloud(Part):
     options: dict[str, Any]
 
 
+class Source(Part):
+    """A set of multiple-choice questions: a hub id, or a file or folder of JSONL, CSV or Parquet."""
+
+    path: str
+    name: str | None = Field(None, description="configuration of a hub data set")
+    split: str | None = None
+    revision: str | None = None
+    use: Literal["train", "dev", "test", "divide"] | None = Field(
+        None,
+        description="null: the data set's own splits where it has a test split, else divided by questions",
+    )
+    domain: str | None = Field(None, description="of all rows; null: each row names its own")
+    columns: Columns = Columns()
+    rows: PositiveInt | None = Field(None, description="at most so many, at random")
+    licence: str = ""
+
+
 class Data(Part):
-    """Where questions come from: the repository's bank, or a folder or file of JSONL instead."""
+    """Where questions come from: `sources`, else the repository's bank; `questions` replaces the test split."""
 
     bank: str
+    sources: list[Source]
     questions: str | None
     open_ended: str | None
 
@@ -107,6 +134,7 @@ class OpenEnded(Part):
     eval_questions: PositiveInt = Field(description="evaluated questions a task")
     max_new_tokens: TokenLimits
     r15: R15
+    r15_model: str | None = Field(description="a released branch checkpoint, instead of training one")
 
 
 class Automix(Part):
@@ -219,11 +247,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     return name, parsed if parsed is None or isinstance(parsed, list | dict) else value
 
 
-def load_profile(profile: str | Path, overrides: Mapping[str, object] | None = None) -> Settings:
-    """Settings of a profile (a name in `profiles/`, or the path of a YAML file) with `overrides` by name.
-
-    Raises SettingsError, naming the file or override, the parameter and the expected form.
-    """
+def _read(profile: str | Path) -> tuple[dict[str, Any], Path]:
+    """The values in a profile's file, and the file."""
     path = Path(profile) if str(profile).endswith((".yaml", ".yml")) else PROFILES / f"{profile}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in PROFILES.glob("*.yaml")))
@@ -234,6 +259,34 @@ def load_profile(profile: str | Path, overrides: Mapping[str, object] | None = N
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise SettingsError(f"{path.name} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise SettingsError(f"{path.name}: expected: parameters by name, got {values!r}")
+    return values, path
+
+
+def _merged(whole: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`whole` with some values changed; groups are merged, while lists and an engine's options are replaced."""
+    merged = dict(whole)
+    for name, value in changes.items():
+        old = merged.get(name)
+        if isinstance(old, dict) and isinstance(value, dict) and not name.endswith("options"):
+            value = _merged(old, value)
+        merged[name] = value
+    return merged
+
+
+def load_profile(profile: str | Path, overrides: Mapping[str, object] | None = None) -> Settings:
+    """Settings of a profile (a name in `profiles/`, or the path of a YAML file) with `overrides` by name.
+
+    Raises SettingsError, naming the file or override, the parameter and the expected form.
+    """
+    values, path = _read(profile)
+    base = values.pop("base", None)
+    if base is not None:
+        whole, _ = _read(str(base))
+        if "base" in whole:
+            raise SettingsError(f"{path.name}: its base {base} has a base itself; expected: a whole profile")
+        values = _merged(whole, dict(values))
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:

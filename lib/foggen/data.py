@@ -1,17 +1,41 @@
-"""Where a run's questions come from: the repository's bank, or the reader's own file for the evaluation.
+"""Where a run's questions come from: the repository's bank, data sets of the hub, or files of the reader's own.
 
 Knows the profile's `data` settings and nothing about models.
 """
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from pathlib import Path
 
 from foggen import bank
-from foggen.config import Settings
+from foggen.config import Settings, Source
+from foggen.hub import explained, is_local, token
 from foggen.open_ended import load_hub
-from foggen.questions import OpenQuestion, Question, load_open_questions, load_questions
-from foggen.store import ROOT
+from foggen.questions import (
+    OpenQuestion,
+    Question,
+    QuestionError,
+    check_rows,
+    load_open_questions,
+    load_questions,
+    question_files,
+    shape_rows,
+    split_by_fact,
+)
+from foggen.store import ROOT, digest, progress
+
+SHARES = {"train": 0.6, "dev": 0.1, "test": 0.3}  # of a data set without splits of its own
+OWN_SPLITS = {
+    "train": "train",
+    "validation": "dev",
+    "valid": "dev",
+    "val": "dev",
+    "dev": "dev",
+    "test": "test",
+}
+UNUSABLE = 0.1  # the share of a hub set's rows that may be unusable, and are left out
 
 
 def _resolve(path: str) -> Path:
@@ -22,13 +46,129 @@ def _resolve(path: str) -> Path:
 def splits(settings: Settings) -> dict[str, list[Question]]:
     """The multiple-choice questions by split: `train` (rounds), `dev` (curves, thresholds), `test`.
 
-    `data.questions` replaces the test split alone. No fact is in two splits of the bank.
+    `data.questions` replaces the test split alone. No fact and no question text is in two splits: what is in test
+    stands in neither of the others, what is in dev not in train.
     """
-    facts = bank.load_facts(_resolve(settings.data.bank))
-    parts = {split: bank.make_questions(facts, split) for split in ("train", "dev", "test")}
+    if settings.data.sources:
+        parts = _from_sources(settings.data.sources)
+    else:
+        facts = bank.load_facts(_resolve(settings.data.bank))
+        parts = {split: bank.make_questions(facts, split) for split in SHARES}
     if settings.data.questions:
         parts["test"] = load_questions(_resolve(settings.data.questions))
+    return _held_out(parts)
+
+
+def _text(question: Question) -> str:
+    """What makes two questions the same: their words and their options in any order."""
+    return digest([question.question.casefold().split(), sorted(question.options)])
+
+
+def _held_out(parts: dict[str, list[Question]]) -> dict[str, list[Question]]:
+    seen: set[str] = set()
+    kept: dict[str, list[Question]] = {}
+    for split in ("test", "dev", "train"):
+        kept[split] = [one for one in parts[split] if not {one.unit, _text(one)} & seen]
+        seen |= {mark for one in parts[split] for mark in (one.unit, _text(one))}
+        if left := len(parts[split]) - len(kept[split]):
+            progress(f"  {left} questions left out of {split}: held-out splits have them too")
+    return {split: kept[split] for split in SHARES}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sources
+
+
+def _from_sources(sources: list[Source]) -> dict[str, list[Question]]:
+    """The questions of all sources by split. A question without a fact has its own text as its fact."""
+    parts: dict[str, list[Question]] = {split: [] for split in SHARES}
+    for source in sources:
+        groups = {
+            split: [
+                one if one.fact else one.model_copy(update={"fact": _text(one)[:16]}) for one in questions
+            ]
+            for split, questions in load_source(source).items()
+        }
+        for split, questions in _roles(source, groups).items():
+            parts[split] += questions
+    counts = Counter(question.id for questions in parts.values() for question in questions)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise QuestionError(
+            f"data.sources: ids must be unique over all of them; twice: {', '.join(twice[:5])}"
+        )
     return parts
+
+
+def _roles(source: Source, groups: dict[str, list[Question]]) -> dict[str, list[Question]]:
+    """A source's questions as train, dev and test; seeds are fixed, so that all runs share the splits."""
+    everything = [question for questions in groups.values() for question in questions]
+    if source.use in SHARES:
+        return {str(source.use): everything}
+    own: dict[str, list[Question]] = {}
+    for split, questions in groups.items():
+        own.setdefault(OWN_SPLITS.get(split, ""), []).extend(questions)
+    own.pop("", None)
+    if source.use == "divide" or "test" not in own:
+        return split_by_fact(everything, SHARES, seed=0)
+    if "train" in own and "dev" not in own:
+        own |= split_by_fact(own["train"], {"train": 0.9, "dev": 0.1}, seed=0)
+    return own
+
+
+def load_source(source: Source) -> dict[str, list[Question]]:
+    """The questions of one source, by the names of its splits (a local one: of its files).
+
+    Raises QuestionError for columns that cannot be told and for unusable rows: of a file any, of a hub set more
+    than a tenth (fewer are left out, and counted on stderr). Raises HubError where the hub does not give it.
+    """
+    if is_local(source.path):
+        files = question_files(_resolve(source.path))
+        loaded = {file.stem: load_questions(file, source.columns, source.domain) for file in files}
+        size = sum(map(len, loaded.values()))
+        if source.rows and source.rows < size:
+            kept = {
+                id(one)
+                for one in random.Random(0).sample([q for g in loaded.values() for q in g], source.rows)
+            }
+            loaded = {name: [one for one in group if id(one) in kept] for name, group in loaded.items()}
+        return loaded
+    from datasets import ClassLabel, load_dataset
+
+    with explained(source.path, "dataset", source.revision):
+        found = load_dataset(
+            source.path, source.name, split=source.split, revision=source.revision, token=token()
+        )
+    groups: dict[str, list[Question]] = {}
+    for split, table in ({source.split: found} if source.split else found).items():
+        if source.rows and source.rows < len(table):
+            table = table.shuffle(seed=0).select(range(source.rows))
+        rows = table.to_list()
+        for column, feature in table.features.items():
+            if isinstance(feature, ClassLabel):
+                for row in rows:  # hidden labels are -1
+                    value = row[column]
+                    row[column] = None if value is None or value < 0 else feature.names[value]
+        where = "/".join(filter(None, (source.path.split("/")[-1], source.name, split)))
+        placed = [(f"{where}, row {number}", row) for number, row in enumerate(rows)]
+        problems: list[str] = []
+        shaped = shape_rows(where, placed, source.columns, source.domain, where)
+        # Ids are unique within a set, and not beside others.
+        named = [(at, {**row, "id": row["id"] if row["id"].startswith(where) else f"{where}-{row['id']}"})
+                 for at, row in shaped]  # fmt: skip
+        groups[str(split)] = check_rows(named, Question, problems)
+        if len(problems) > UNUSABLE * len(rows):
+            raise QuestionError(
+                f"{where}: {len(problems)} problems in {len(rows)} rows:\n" + "\n".join(problems[:10])
+            )
+        if problems:
+            progress(
+                f"  {where}: {len(problems)} of {len(rows)} rows are unusable and left out: {problems[0]}"
+            )
+    return groups
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Open-ended questions
 
 
 def open_splits(settings: Settings) -> dict[str, list[OpenQuestion]]:

@@ -19,6 +19,7 @@ import pandas as pd
 
 from foggen.confidence import SftRow, bucket
 from foggen.engines import Sampling
+from foggen.hub import explained, token
 from foggen.prompts import Messages, open_messages, parse_open_response, target_text
 from foggen.questions import TASKS, OpenQuestion
 
@@ -58,7 +59,8 @@ def load_hub(
     from datasets import load_dataset
 
     hub = HUB[task]
-    rows = load_dataset(hub.path, hub.name, split=split, revision=revision or hub.revision)
+    with explained(hub.path, "dataset", revision or hub.revision):
+        rows = load_dataset(hub.path, hub.name, split=split, revision=revision or hub.revision, token=token())
     order = random.Random(seed).sample(range(len(rows)), len(rows))
     chosen = order[skip : None if n is None else skip + n]
     return [hub_question(task, rows[index], f"{task}-{split}-{index}", split) for index in chosen]

@@ -31,7 +31,9 @@ def cloud_engine(settings: Settings) -> Engine:
     if cloud.engine == "openai":
         given = {"base_url": cloud.base_url, "key_variable": cloud.key_variable, **cloud.options}
         return make_engine("openai", cloud.model, **given)
-    return make_engine(cloud.engine, model_folder(cloud.model), **{"dtype": settings.dtype, **cloud.options})
+    return make_engine(
+        cloud.engine, model_folder(cloud.model, cloud.revision), **{"dtype": settings.dtype, **cloud.options}
+    )
 
 
 @dataclass
@@ -117,7 +119,7 @@ class Examination:
                 engine.close()
 
         cloud = self.settings.cloud
-        local = [model_folder(cloud.model)] if cloud.engine != "openai" else []
+        local = [model_folder(cloud.model, cloud.revision)] if cloud.engine != "openai" else []
         folder = self._stage("cloud", ("max_new_tokens", "cloud", "dtype"), local, compute, [rounds.evaluate])
         rows = pd.DataFrame(read_jsonl(folder / "rows.jsonl"))
         names = {
@@ -203,7 +205,7 @@ class OpenExamination:
         """The outcomes table of a checkpoint: `open_ended.open_outcomes`, with a task for a domain."""
         s = self.settings
         local = self._asked(label, s.only(*MODEL), [model], lambda: self.edge.at(model), owned=False)
-        weights = [model_folder(s.cloud.model)] if s.cloud.engine != "openai" else []
+        weights = [model_folder(s.cloud.model, s.cloud.revision)] if s.cloud.engine != "openai" else []
         cloud = self._asked("cloud", s.only("cloud", "dtype"), weights, lambda: cloud_engine(s), owned=True)
         return open_ended.open_outcomes(local, cloud).assign(seed=s.seed)
 

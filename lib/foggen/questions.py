@@ -5,6 +5,8 @@ Knows nothing of prompts or models.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import random
 import re
@@ -14,6 +16,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from foggen.shapes import LETTERS, Columns, ShapeError, canonical
 
 DOMAINS = (
     "finance",
@@ -25,7 +29,6 @@ DOMAINS = (
     "medical",
 )  # the recipe's rotation order
 TASKS = ("squad", "truthfulqa", "gsm8k")  # a file of this name holds open-ended questions
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 class QuestionError(ValueError):
@@ -100,11 +103,13 @@ class OpenQuestion(BaseModel):
 
 
 Row = TypeVar("Row", Question, OpenQuestion)
+Placed = tuple[str, Any]  # where a row stands, and the row
 
 # ---------------------------------------------------------------------------------------------------------------
 # Loading
 
 _FORMS = {
+    "file": "UTF-8 text, one JSON object a line",
     "row": "a JSON object",
     "id": "a nonempty text, unique",
     "domain": f"a nonempty text, such as {', '.join(DOMAINS)}",
@@ -116,13 +121,16 @@ _FORMS = {
 }
 
 
-def _files(path: Path, open_ended: bool) -> list[Path]:
-    """The JSONL files under `path` that hold the wanted kind of question, by file name."""
+def question_files(path: Path, open_ended: bool = False) -> list[Path]:
+    """The files under `path` that hold the wanted kind of question, by name."""
     if path.is_file():
         return [path]
-    files = [file for file in sorted(path.glob("*.jsonl")) if (file.stem in TASKS) == open_ended]
+    found = sorted(file for file in path.glob("*") if file.suffix in (".jsonl", ".csv", ".parquet"))
+    files = [file for file in found if (file.stem in TASKS) == open_ended]
     if not files:
-        raise QuestionError(f"{path}: no such file, or no .jsonl file with questions of this kind in it")
+        raise QuestionError(
+            f"{path}: no such file, or no .jsonl, .csv or .parquet file with questions of this kind in it"
+        )
     return files
 
 
@@ -139,53 +147,74 @@ def _problems(place: str, error: ValidationError) -> Iterator[str]:
         yield f"{place}: field `{field}`: {problem['msg'].removeprefix('Value error, ')}{form}"
 
 
-def _load(files: Sequence[Path], kind: type[Row], defaults: Mapping[Path, dict[str, str]]) -> list[Row]:
-    """All rows of all files, or a QuestionError that tells everything that is wrong with them."""
-    rows: list[Row] = []
-    problems: list[str] = []
-    seen: dict[str, str] = {}
-    for file in files:
+def _rows(file: Path, problems: list[str]) -> list[Placed]:
+    """The rows of a file with their places; what cannot be read goes to the problems."""
+    if file.suffix == ".parquet":
+        from pyarrow import parquet
+
+        rows = parquet.read_table(file).to_pylist()
+        return [(f"{file.name}, row {number}", row) for number, row in enumerate(rows, 1)]
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        problems.append(f"{file.name}: not UTF-8 at byte {error.start}; expected: {_FORMS['file']}")
+        return []
+    if file.suffix == ".csv":
+        reader = csv.DictReader(io.StringIO(text, newline=""), restkey="(more)")
+        return [(f"{file.name}, row {number}", row) for number, row in enumerate(reader, 1)]
+    placed: list[Placed] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        place = f"{file.name}, line {number}"
         try:
-            lines = file.read_text(encoding="utf-8-sig").split("\n")
-        except UnicodeDecodeError as error:
-            problems.append(
-                f"{file.name}: not UTF-8 at byte {error.start}; expected: UTF-8 text, one JSON object a line"
-            )
+            placed += [(place, json.loads(line))] if line.strip() else []
+        except json.JSONDecodeError as error:
+            problems.append(f"{place}: not JSON ({error.msg}); expected: one JSON object a line")
+    return placed
+
+
+def check_rows(placed: Iterable[Placed], kind: type[Row], problems: list[str]) -> list[Row]:
+    """The rows that are questions; what is wrong with the others goes to the problems."""
+    rows: list[Row] = []
+    seen: dict[str, str] = {}
+    for place, values in placed:
+        try:
+            row = kind.model_validate(values)
+        except ValidationError as error:
+            problems.extend(_problems(place, error))
             continue
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            place = f"{file.name}, line {number}"
-            try:
-                values = json.loads(line)
-                row = kind.model_validate(
-                    {**defaults.get(file, {}), **values} if isinstance(values, dict) else values
-                )
-            except json.JSONDecodeError as error:
-                problems.append(f"{place}: not JSON ({error.msg}); expected: one JSON object a line")
-            except ValidationError as error:
-                problems.extend(_problems(place, error))
-            else:
-                if row.id in seen:
-                    problems.append(
-                        f"{place}: field `id`: {row.id!r} stands in {seen[row.id]} already; expected: {_FORMS['id']}"
-                    )
-                seen.setdefault(row.id, place)
-                rows.append(row)
-    if problems or not rows:
-        raise QuestionError(
-            f"{len(problems)} problem(s), nothing was loaded:\n" + "\n".join(problems or ["no rows"])
-        )
+        if row.id in seen:
+            problems.append(
+                f"{place}: field `id`: {row.id!r} stands in {seen[row.id]} already; expected: {_FORMS['id']}"
+            )
+        seen.setdefault(row.id, place)
+        rows.append(row)
     return rows
 
 
-def load_questions(path: Path) -> list[Question]:
-    """Multiple-choice questions of a JSONL file, or of all JSONL files of a folder but the open-ended tasks'.
+def shape_rows(
+    source: str, placed: Sequence[Placed], columns: Columns, domain: str | None, ids: str
+) -> Iterator[Placed]:
+    """Rows of a data set of any usual shape (see `shapes`) in the fields of a Question; `ids` begins missing ids."""
+    try:
+        shaped = iter(canonical([row for _, row in placed if isinstance(row, dict)], columns, domain))
+        for number, (place, row) in enumerate(placed):
+            yield place, {"id": f"{ids}-{number}", **next(shaped)} if isinstance(row, dict) else row
+    except ShapeError as error:
+        raise QuestionError(f"{source}: {error}") from None
 
-    A row has `id`, `domain`, `question`, `options`, `answer`; other known fields are taken, unknown ones ignored.
-    Raises QuestionError with every bad row of every file.
+
+def load_questions(path: Path, columns: Columns | None = None, domain: str | None = None) -> list[Question]:
+    """Multiple-choice questions of a JSONL, CSV or Parquet file, or of a folder's but the open-ended tasks'.
+
+    A row has question, options and answer in any usual shape, or as `columns` say, and a domain, unless `domain` is
+    that of all. Raises QuestionError with every bad row of every file, or with the columns that cannot be told.
     """
-    return _load(_files(path, open_ended=False), Question, {})
+    problems: list[str] = []
+    placed: list[Placed] = []
+    for file in question_files(path):
+        if rows := _rows(file, problems):
+            placed += shape_rows(file.name, rows, columns or Columns(), domain, file.stem)
+    return _all_or_nothing(check_rows(placed, Question, problems), problems)
 
 
 def load_open_questions(path: Path) -> list[OpenQuestion]:
@@ -193,8 +222,21 @@ def load_open_questions(path: Path) -> list[OpenQuestion]:
 
     A row's task is its field `task`, or else its file's name. Raises QuestionError with every bad row.
     """
-    files = _files(path, open_ended=True)
-    return _load(files, OpenQuestion, {file: {"task": file.stem} for file in files})
+    problems: list[str] = []
+    placed = [
+        (place, {"task": file.stem, **row} if isinstance(row, dict) else row)
+        for file in question_files(path, open_ended=True)
+        for place, row in _rows(file, problems)
+    ]
+    return _all_or_nothing(check_rows(placed, OpenQuestion, problems), problems)
+
+
+def _all_or_nothing(rows: list[Row], problems: Sequence[str]) -> list[Row]:
+    if problems or not rows:
+        raise QuestionError(
+            f"{len(problems)} problem(s), nothing was loaded:\n" + "\n".join(problems or ["no rows"])
+        )
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from rich.text import Text
 from traitlets.config import Config
 
 import foggen
+from foggen import hub
 from foggen.config import Settings, SettingsError, load_profile, parameter_names, parse_override
 from foggen.store import (
     LOCK_VARIABLE,
@@ -321,6 +322,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = options.run or f"runs/{settings.name}"
         os.environ[RUN_VARIABLE] = str((ROOT / run).resolve())
         store = Store(run)
+        if not options.list:
+            begun = store.run / "settings.json"
+            overrides |= hub.pin(settings, read_json(begun) if begun.exists() else None)
+            settings = load_profile(profile, {**overrides, **seed})
         parameters = {"profile": profile, "run": run, "seed": settings.seed, "overrides": overrides}
         plan = make_plan(settings, store.run, parameters, ROOT / options.notebooks)
         if options.list:

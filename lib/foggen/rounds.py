@@ -17,6 +17,7 @@ from foggen import confidence, engines, open_ended, prompts
 from foggen.confidence import SftRow
 from foggen.config import Settings, SettingsError, derive_seed
 from foggen.engines import Engine, Sampling
+from foggen.hub import download
 from foggen.prompts import encode_chat, mcq_messages, parse_response, plain_ids, turn_end_id
 from foggen.questions import OpenQuestion, Question, by_domain, draw, draw_balanced, subset
 from foggen.store import ROOT, Store, digest, progress, read_json, read_jsonl, write_json, write_jsonl
@@ -36,9 +37,7 @@ def model_folder(model: str, revision: str | None = None) -> Path:
         raise SettingsError(
             f"model {model!r}: no such folder in this checkout, and not the name of a hub model"
         )
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(model, revision=revision))
+    return download(model, revision)
 
 
 def limit_threads(settings: Settings) -> None:
@@ -331,7 +330,7 @@ class Chain:
         asked = calibration_questions(self.train, settings)
         model = model_folder(settings.edge.model, settings.edge.revision)
         install = settings.edge.format_install
-        teacher = model_folder(install.labels_from) if install else model
+        teacher = model_folder(install.labels_from, install.revision) if install else model
         rows = self.label("r00", teacher, asked)
         buffer = cast(list[SftRow], read_jsonl(rows))
         overall = [row["confidence"] for row in buffer]

@@ -231,8 +231,10 @@ class Store:
         return folder
 
     def _input(self, path: Path) -> str:
-        """A stage (or a file of one) is named by its key, which stands for its content."""
+        """A stage or a file of one is named by its key, a hub's snapshot by its commit: they stand for the content."""
         path = path.resolve()
+        if path.parent.name == "snapshots":
+            return f"{path.parent.parent.name}@{path.name}"
         if path.is_relative_to(self.stages):
             return path.relative_to(self.stages).as_posix()
         return content_hash(path)
