@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+collect_ignore_glob = ["notebooks/colab_*.ipynb"]  # installs packages: tests/test_colab.py runs it elsewhere
 _failed: list[str] = []
 
 

@@ -18,7 +18,7 @@ import yaml
 from foggen.store import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-PLACES = re.compile(r"(?<![\w.])/(?:home|Users|root|tmp|work|mnt|content)/\w|[A-Z]:\\\\Users")
+PLACES = re.compile(r"(?<![\w.])/(?:home|Users|root|tmp|work|mnt|content(?!/drive))/\w|[A-Z]:\\\\Users")
 PINS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
 
 
@@ -68,6 +68,9 @@ def cells(notebook: Path) -> list[dict[str, Any]]:
 class TestNotebook:
     def test_ran_once_from_top_to_bottom(self, notebook: Path) -> None:
         code = [cell for cell in cells(notebook) if cell["cell_type"] == "code"]
+        if notebook.stem.startswith("colab"):  # needs a hub: nothing in it can have been measured here
+            assert not any(cell["outputs"] or cell["execution_count"] for cell in code)
+            return
         assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
         kinds = [(output["output_type"], output.get("name")) for cell in code for output in cell["outputs"]]
         assert ("error", None) not in kinds and ("stream", "stderr") not in kinds
