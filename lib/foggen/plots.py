@@ -6,6 +6,7 @@ Knows nothing of files except in `save`, and computes no metric that a table doe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch, Polygon
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy.stats import beta
 
@@ -36,30 +36,35 @@ PANELS = {
     "auroc": "AUROC of confidence",
     "parse_rate": "share parsed",
 }
+STUDY_PANELS = {
+    "lift": "lift at tau = 0.5",
+    "auroc": "AUROC of confidence",
+    "ece": "debiased ECE",
+    "raw": "local accuracy",
+}
+STYLE: Any = {
+    "figure.figsize": SIZE,
+    "figure.dpi": 110,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 150,
+    "svg.hashsalt": "foggen",  # the same ids in every run
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E5E5E5",
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.8,
+}
 
 
 def style() -> None:
     """Set the style of every figure here: call it once in a notebook that draws its own."""
-    mpl.rcParams.update(
-        {
-            "figure.figsize": SIZE,
-            "figure.dpi": 110,
-            "figure.constrained_layout.use": True,
-            "savefig.dpi": 150,
-            "svg.hashsalt": "foggen",  # the same ids in every run
-            "font.size": 10,
-            "axes.titlesize": 11,
-            "axes.titlelocation": "left",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.color": "#E5E5E5",
-            "legend.frameon": False,
-            "legend.fontsize": 9,
-            "lines.linewidth": 1.8,
-        }
-    )
+    mpl.rcParams.update(STYLE)
 
 
 def save(figure: Figure, folder: Path | str, name: str) -> Figure:
@@ -81,11 +86,17 @@ def _axes(
 
 def _percent(*axes: Any) -> None:
     for axis in axes:
-        axis.set_major_formatter(PercentFormatter(1))
+        axis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 
-def _n(outcomes: pd.DataFrame) -> str:
-    return f"n = {outcomes['id'].nunique():,} questions"
+def _legend(figure: Figure, axes: Axes, columns: int) -> None:
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
+
+
+def _errors(rows: pd.DataFrame, name: str) -> Array:
+    """The interval of a column as lengths (2, rows) for an error bar; 0 where there is none."""
+    ends = [rows[name] - rows[f"{name}_low"], rows[f"{name}_high"] - rows[name]]
+    return np.asarray(np.clip(np.nan_to_num(ends), 0, None))
 
 
 # ---- accuracy against cloud share
@@ -102,22 +113,15 @@ def accuracy_curve(
     `point` and `published` are (cloud share, system accuracy), 0..1: ours at `tau`, and the model card's.
     """
     figure, axes = _axes()
-    share = curve["share"]
-    axes.plot(share, curve["oracle"], color=GREEN, ls=":", label="oracle, same share")
-    axes.fill_between(share, curve["sysacc_low"], curve["sysacc_high"], color=BLUE, alpha=0.2, lw=0)
-    axes.plot(share, curve["sysacc"], color=BLUE, label="confidence (95% band)")
-    axes.plot(share, curve["random"], color=GREY, ls="--", label="random, same share")
+    axes.plot(curve["share"], curve["oracle"], color=GREEN, ls=":", label="oracle, same share")
+    _band(axes, curve, "sysacc", BLUE, "confidence (95% band)")
+    axes.plot(curve["share"], curve["random"], color=GREY, ls="--", label="random, same share")
     if point:
-        axes.plot(*point, "o", color=VERMILION, ms=8, mec="white", label=f"tau = {tau:g}", zorder=5)
+        axes.plot(*point, "o", color=VERMILION, ms=8, mec="white", label=f"tau = {tau:g}")
     if published:
-        axes.plot(
-            *published, "*", color=BLACK, ms=12, mec="white", label="published (its own questions)", zorder=5
-        )
-    axes.set(
-        xlabel="share of questions sent to the cloud (%)", ylabel="system accuracy (%)", xlim=(-0.01, 1.01)
-    )
-    axes.set_title(f"Mean over domains, n = {curve['n'].iloc[0]:,} questions")
-    _percent(axes.xaxis, axes.yaxis)
+        axes.plot(*published, "*", color=BLACK, ms=12, mec="white", label="published (its own questions)")
+    axes.set(ylabel="system accuracy (%)", title=f"Mean over domains, n = {curve['n'].iloc[0]:,} questions")
+    _percent(axes.yaxis)
     axes.legend(loc="best")
     return figure
 
@@ -126,22 +130,23 @@ def matched_curves(curves: Mapping[str, pd.DataFrame], mark: float | None = None
     """Lift over random at the same cloud share for several routers, each a `routing.share_curve`, with 95% bands."""
     figure, axes = _axes()
     for (name, curve), colour in zip(curves.items(), COLOURS, strict=False):
-        axes.fill_between(
-            curve["share"], 100 * curve["lift_low"], 100 * curve["lift_high"], color=colour, alpha=0.15, lw=0
-        )
-        axes.plot(curve["share"], 100 * curve["lift"], color=colour, label=name)
+        _band(axes, curve, "lift", colour, name, 100)
     axes.axhline(0, color=GREY, ls="--", lw=1.2, label="random")
     if mark is not None:
-        axes.axvline(mark, color=GREY, lw=1, ls=":")
-        axes.annotate("FogGen's share", (mark, 0.98), xycoords=("data", "axes fraction"), xytext=(4, 0),
-                      textcoords="offset points", va="top", fontsize=9, color="#555555")  # fmt: skip
+        axes.axvline(mark, color=BLACK, lw=1, ls=":", label="FogGen's share")
     n = next(iter(curves.values()))["n"].iloc[0]
-    axes.set(xlabel="share of questions sent to the cloud (%)", ylabel="lift over random (percentage points)")
-    axes.set_title(f"Mean over domains, n = {n:,} questions, 95% bands")
-    axes.set_xlim(0, 1)
-    _percent(axes.xaxis)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    axes.set(ylabel="lift over random (percentage points)", title=f"Mean over domains, n = {n:,}, 95% bands")
+    _legend(figure, axes, 3)
     return figure
+
+
+def _band(axes: Axes, curve: pd.DataFrame, name: str, colour: str, label: str, scale: float = 1) -> None:
+    """A line of `routing.share_curve` with its 95% band."""
+    low, high = scale * curve[f"{name}_low"], scale * curve[f"{name}_high"]
+    axes.fill_between(curve["share"], low, high, color=colour, alpha=0.17, lw=0)
+    axes.plot(curve["share"], scale * curve[name], color=colour, label=label)
+    axes.set(xlabel="share of questions sent to the cloud (%)", xlim=(-0.01, 1.01))
+    _percent(axes.xaxis)
 
 
 # ---- confidence
@@ -159,34 +164,26 @@ def reliability(
     confidence = known[column].to_numpy(float)
     few = len(np.unique(confidence)) <= len(BUCKETS)
     bins = stats.buckets(confidence) if few else stats.equal_mass(confidence)
-    groups = (
-        known.assign(bin=bins)
-        .groupby("bin")
-        .agg(x=(column, "mean"), right=("local_correct", "sum"), n=("id", "size"))
-    )
-    rate = groups["right"] / groups["n"]
-    low, high = (
-        beta.ppf(q, groups["right"] + 0.5, groups["n"] - groups["right"] + 0.5) for q in (0.025, 0.975)
-    )
-    spread = [np.clip(rate - low, 0, 1), np.clip(high - rate, 0, 1)]
+    measured = {"x": (column, "mean"), "rate": ("local_correct", "mean"), "n": ("id", "size")}
+    groups = known.groupby(bins).agg(**measured)
+    right = groups["rate"] * groups["n"]
+    for end, q in (("low", 0.025), ("high", 0.975)):
+        groups[f"rate_{end}"] = beta.ppf(q, right + 0.5, groups["n"] - right + 0.5)
     top.plot([0, 1], [0, 1], color=GREY, ls="--", lw=1.2, label="perfectly calibrated")
-    top.vlines(groups["x"], rate, groups["x"], color=ORANGE, lw=5, alpha=0.45, label="gap")
-    top.errorbar(groups["x"], rate, yerr=spread, color=BLUE, marker="o", capsize=3, label="share right (95%)")
-    top.set(ylabel="local answers right (%)", ylim=(0, 1), xlim=(-0.1, 1.1))
+    top.vlines(groups["x"], groups["rate"], groups["x"], color=ORANGE, lw=5, alpha=0.45, label="gap")
+    look = {"color": BLUE, "marker": "o", "capsize": 3, "label": "share right (95%)"}
+    top.errorbar(groups["x"], groups["rate"], yerr=_errors(groups, "rate"), **look)
+    top.set(ylabel="local answers right (%)", ylim=(0, 1), xlim=(-0.1, 1.1), xticks=BUCKETS)
     top.set_title(f"Reliability, n = {len(known):,} parsed of {len(outcomes):,}")
     top.legend(loc="upper left")
-    _counts(bottom, groups, label, 0.12 if few else 0.02)
     _percent(top.yaxis)
+    bars = bottom.bar(groups["x"], groups["n"], width=0.12 if few else 0.02, color=SKY)
+    if few:
+        bottom.bar_label(bars, fmt="{:,.0f}", fontsize=8)
+    bottom.set(xlabel=label, ylabel="questions")
+    bottom.margins(y=0.25)
+    bottom.grid(axis="x", visible=False)
     return figure
-
-
-def _counts(axes: Axes, groups: pd.DataFrame, label: str, width: float) -> None:
-    axes.bar(groups["x"], groups["n"], width=width, color=SKY)
-    for x, n in zip(groups["x"], groups["n"], strict=True):
-        axes.annotate(f"{n:,}", (x, n), ha="center", va="bottom", fontsize=8 if width > 0.1 else 6.5)
-    axes.set(xlabel=label, ylabel="questions")
-    axes.margins(y=0.25)
-    axes.grid(axis="x", visible=False)
 
 
 def confidence_histogram(
@@ -194,18 +191,16 @@ def confidence_histogram(
 ) -> Figure:
     """Questions at each confidence, right and wrong apart; unparsed answers have a bar of their own."""
     figure, axes = _axes()
-    score = router_score(outcomes, column)
+    score, right = router_score(outcomes, column), outcomes["local_correct"].to_numpy(float)
     few = len(np.unique(score[score >= 0])) <= len(BUCKETS)
     edges = np.linspace(-0.125, 1.125, 6) if few else np.linspace(0, 1, 21)
     width, centres = np.diff(edges)[0], (edges[:-1] + edges[1:]) / 2
-    right = outcomes["local_correct"].to_numpy(float)
-    for offset, weights, name, colour in ((-1, right, "right", BLUE), (1, 1 - right, "wrong", VERMILION)):
-        counts = np.histogram(score, edges, weights=weights)[0]
-        x = centres + offset * 0.21 * width
+    for side, weights, name, colour in ((-1, right, "right", BLUE), (1, 1 - right, "wrong", VERMILION)):
+        counts = [weights[score < 0].sum(), *np.histogram(score, edges, weights=weights)[0]]
+        x = np.array([-0.25, *centres]) + side * 0.21 * width
         axes.bar(x, counts, 0.4 * width, color=colour, label=f"answer {name} ({weights.sum():,.0f})")
-        axes.bar(-0.25 + offset * 0.21 * width, weights[score < 0].sum(), 0.4 * width, color=colour)
     axes.set_xticks([-0.25, *BUCKETS], ["unparsed", *(f"{bucket:g}" for bucket in BUCKETS)])
-    axes.set(xlabel=label, ylabel="questions", title=f"Confidence of right and wrong answers, {_n(outcomes)}")
+    axes.set(xlabel=label, ylabel="questions", title=f"Right and wrong answers, n = {len(outcomes):,}")
     axes.grid(axis="x", visible=False)
     axes.legend(loc="upper left")
     return figure
@@ -214,47 +209,30 @@ def confidence_histogram(
 def risk_coverage(outcomes: pd.DataFrame, columns: Mapping[str, str], tau: float = 0.5) -> Figure:
     """Error rate of the answers kept against the share kept, best first; `columns` maps score columns to labels.
 
-    Ties are kept in random order, in expectation; the dot marks confidence >= `tau`.
+    Ties are kept in random order, in expectation; the dot marks confidence >= `tau`. Lines begin at 1% coverage.
     """
     figure, axes = _axes()
-    wrong = 1 - outcomes["local_correct"].to_numpy(float)
+    right, kept = outcomes["local_correct"].to_numpy(float), (outcomes["confidence"] >= tau).to_numpy()
+    at = np.linspace(0.01, 1, 200)
     for (column, label), colour in zip(columns.items(), COLOURS, strict=False):
-        coverage, risk, area = _risk_line(outcomes, column)
-        axes.plot(coverage, risk, color=colour, label=f"{label} (AURC {100 * area:.1f})")
-    keep = (outcomes["confidence"] >= tau).to_numpy()
-    if keep.any():
-        axes.plot(
-            keep.mean(),
-            wrong[keep].mean(),
-            "o",
-            color=BLUE,
-            ms=8,
-            mec="white",
-            label=f"tau = {tau:g}",
-            zorder=5,
+        count, hits = stats.tie_sums(router_score(outcomes, column), np.ones((1, len(right))), right)
+        covered, errors = (
+            np.append(0, np.cumsum(one[0, ::-1])) / len(right) for one in (count, count - hits)
         )
-    axes.axhline(wrong.mean(), color=GREY, ls="--", lw=1.2, label="random")
-    axes.set(
-        xlabel="coverage: share answered locally (%)", ylabel="risk: wrong among those (%)", xlim=(0, 1.01)
-    )
-    axes.set_title(f"Risk and coverage, {_n(outcomes)}")
+        axes.plot(at, np.interp(at, covered, errors) / at, color=colour, label=label)
+    if kept.any():
+        look = {"color": BLUE, "ms": 8, "mec": "white", "label": f"tau = {tau:g}"}
+        axes.plot(kept.mean(), 1 - right[kept].mean(), "o", **look)
+    axes.axhline(1 - right.mean(), color=GREY, ls="--", lw=1.2, label="random")
+    axes.set(xlabel="coverage: share answered locally (%)", ylabel="risk: wrong among those (%)")
+    axes.set(xlim=(0, 1.01), title=f"Risk and coverage, n = {len(right):,}")
     axes.set_ylim(bottom=0)
     _percent(axes.xaxis, axes.yaxis)
-    axes.legend()
+    _legend(figure, axes, 3)
     return figure
 
 
-def _risk_line(outcomes: pd.DataFrame, column: str) -> tuple[Array, Array, float]:
-    """Coverage, expected risk at each, and their area, for 200 coverages."""
-    right = outcomes["local_correct"].to_numpy(float)
-    count, hits = stats.tie_sums(router_score(outcomes, column), np.ones((1, len(outcomes))), right)
-    kept = np.append(0.0, np.cumsum(count[0, ::-1]))
-    errors = np.append(0.0, np.cumsum((count - hits)[0, ::-1]))
-    at = np.linspace(1, kept[-1], min(200, len(outcomes)))
-    return at / kept[-1], np.interp(at, kept, errors) / at, float(stats.aurc(count, hits)[0])
-
-
-# ---- domains, rounds, open-ended
+# ---- domains, rounds, checkpoints, open-ended
 
 
 def domain_dumbbells(table: pd.DataFrame) -> Figure:
@@ -266,26 +244,17 @@ def domain_dumbbells(table: pd.DataFrame) -> Figure:
     axes.plot(rows["raw"], y, "o", color=BLACK, mfc="white", ms=7, label="edge alone")
     axes.plot(rows["cloud"], y, "s", color=GREEN, ms=7, label="cloud alone")
     axes.plot(rows["random"], y, "|", color=GREY, ms=14, mew=2.5, label="random, same share")
-    ends = [rows["sysacc"] - rows["sysacc_low"], rows["sysacc_high"] - rows["sysacc"]]
-    axes.errorbar(
-        rows["sysacc"],
-        y,
-        xerr=np.clip(ends, 0, 1),
-        fmt="o",
-        color=BLUE,
-        ms=7,
-        capsize=3,
-        label="FogGen (95%)",
-    )
-    axes.set_yticks(
-        y, [f"{d.replace('_', ' ')} ({r:.0%})" for d, r in zip(rows["domain"], rows["routed"], strict=True)]
-    )
+    look = {"fmt": "o", "color": BLUE, "ms": 7, "capsize": 3, "label": "FogGen (95%)"}
+    axes.errorbar(rows["sysacc"], y, xerr=_errors(rows, "sysacc"), **look)
+    names = rows["domain"].str.replace("_", " ")
+    axes.set_yticks(y, [f"{name} ({routed:.0%})" for name, routed in zip(names, rows["routed"], strict=True)])
     if rows["domain"].iloc[-1] == MEAN:
         axes.axhline(0.5, color=GREY, lw=0.8)
     axes.set(xlabel="accuracy (%)", ylabel="domain (share routed)", ylim=(-0.6, len(rows) - 0.4))
+    axes.set_title(f"n = {rows['n'].max():,} questions")
     _percent(axes.xaxis)
     axes.grid(axis="y", visible=False)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    _legend(figure, axes, 4)
     return figure
 
 
@@ -296,23 +265,20 @@ def round_curves(rounds: pd.DataFrame, panels: Mapping[str, str] = PANELS) -> Fi
     keys of `panels` that are there, and shares in columns that start with `bucket`, lowest first (mean rows).
     """
     shown = [name for name in panels if name in rounds]
-    ends = ("_low", "_high")
-    buckets = [name for name in rounds if str(name).startswith("bucket") and not str(name).endswith(ends)]
+    buckets = [name for name in rounds if name.startswith("bucket") and not name.endswith(("_low", "_high"))]
     total = len(shown) + bool(buckets)
-    figure, grid = _axes(
-        -(-total // 3), min(total, 3), (9.6, 3.0 * -(-total // 3) + 0.5), squeeze=False, sharex=True
-    )
+    height, width = -(-total // 3), min(total, 3)
+    figure, grid = _axes(height, width, (9.6, 3.0 * height + 0.5), squeeze=False, sharex=True)
     for axes, name in zip(grid.flat, shown, strict=False):
         _lines(axes, rounds, name)
         axes.set_title(panels[name])
-        _percent(axes.yaxis)
     if buckets:
         _bucket_areas(grid.flat[len(shown)], rounds, buckets)
     for axes in grid.flat[total:]:
         axes.set_visible(False)
     for axes in grid[-1]:
         axes.set_xlabel("round")
-    figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    _legend(figure, grid.flat[0], 4)
     return figure
 
 
@@ -328,26 +294,17 @@ def _lines(axes: Axes, rounds: pd.DataFrame, name: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, -0.02), min(high, 1.02))
-
-
-def _bucket_areas(axes: Axes, rounds: pd.DataFrame, buckets: Sequence[str]) -> None:
-    mean = rounds[rounds["domain"] == MEAN] if (rounds["domain"] == MEAN).any() else rounds
-    shares = mean.groupby("round")[list(buckets)].mean()
-    shades = mpl.colormaps["cividis"](np.linspace(0.05, 0.95, len(buckets)))
-    names = [str(name).removeprefix("bucket").strip(" _") for name in buckets]
-    areas = axes.stackplot(shares.index, shares.T.to_numpy(), colors=shades, labels=names)
-    axes.set_title("confidence stated")
-    axes.set(ylim=(0, 1), xlim=(shares.index.min(), shares.index.max()))
-    axes.legend(areas[::-1], names[::-1], loc="center left", bbox_to_anchor=(1, 0.5))
     _percent(axes.yaxis)
 
 
-STUDY_PANELS = {
-    "lift": "lift at tau = 0.5",
-    "auroc": "AUROC of confidence",
-    "ece": "debiased ECE",
-    "raw": "local accuracy",
-}
+def _bucket_areas(axes: Axes, rounds: pd.DataFrame, buckets: Sequence[str]) -> None:
+    shares = rounds[rounds["domain"] == MEAN].groupby("round")[list(buckets)].mean()
+    shades = mpl.colormaps["cividis"](np.linspace(0.05, 0.95, len(buckets)))
+    names = [name.removeprefix("bucket").strip(" _") for name in buckets]
+    areas = axes.stackplot(shares.index, shares.T.to_numpy(), colors=shades)
+    axes.set(title="confidence stated", ylim=(0, 1), xlim=(shares.index.min(), shares.index.max()))
+    axes.legend(areas[::-1], names[::-1], loc="center left", bbox_to_anchor=(1, 0.5))
+    _percent(axes.yaxis)
 
 
 def variant_points(summary: pd.DataFrame, panels: Mapping[str, str] = STUDY_PANELS) -> Figure:
@@ -358,15 +315,14 @@ def variant_points(summary: pd.DataFrame, panels: Mapping[str, str] = STUDY_PANE
     means = summary[summary["domain"] == MEAN]
     figure, grid = _axes(1, len(panels), (9.6, 2.9), sharey=True)
     for axes, (metric, title) in zip(grid, panels.items(), strict=True):
-        rows = means[means["metric"] == metric].iloc[::-1]
-        for place, row in enumerate(rows.itertuples()):
-            colour = BLUE if row.variant == "foggen" else GREY
-            axes.plot([row.low, row.high], [place, place], color=colour, lw=3, solid_capstyle="butt")
-            axes.plot(row.value, place, "o", color=colour, ms=6)
-        axes.set_yticks(range(len(rows)), rows["variant"])
+        rows = means[means["metric"] == metric].iloc[::-1].reset_index()
+        colours = np.where(rows["variant"] == "foggen", BLUE, GREY)
+        axes.hlines(rows.index, rows["low"], rows["high"], color=colours, lw=3)
+        axes.scatter(rows["value"], rows.index, color=colours, s=36)
+        axes.set_yticks(rows.index, rows["variant"])
         axes.set_title(title)
-        if metric in ("lift", "auroc"):
-            axes.axvline({"lift": 0.0, "auroc": 0.5}[metric], color=BLACK, lw=0.8, ls="--")
+        if metric in (chance := {"lift": 0.0, "auroc": 0.5}):
+            axes.axvline(chance[metric], color=BLACK, lw=0.8, ls="--")
         if metric != "auroc":
             _percent(axes.xaxis)
     figure.supxlabel(f"n = {means['n'].iloc[0]:,} questions, {means['seeds'].iloc[0]} seeds", fontsize=9)
@@ -379,27 +335,17 @@ def open_ended_bars(table: pd.DataFrame) -> Figure:
     Columns: task, checkpoint, accuracy, low, high, n, and optionally published (all 0..1, NaN = none).
     """
     figure, axes = _axes()
-    tasks, checkpoints = list(table["task"].unique()), list(table["checkpoint"].unique())
-    width = 0.8 / len(checkpoints)
-    for i, (checkpoint, part) in enumerate(table.groupby("checkpoint", sort=False)):
-        x = part["task"].map(tasks.index) + (i - (len(checkpoints) - 1) / 2) * width
-        ends = np.clip([part["accuracy"] - part["low"], part["high"] - part["accuracy"]], 0, 1)
-        axes.bar(
-            x,
-            part["accuracy"],
-            0.9 * width,
-            color=(SKY, BLUE, ORANGE)[i % 3],
-            yerr=ends,
-            capsize=4,
-            label=checkpoint,
-        )
-        if "published" in part:
-            name = "published" if i == 0 else None
-            axes.hlines(
-                part["published"], x - 0.4 * width, x + 0.4 * width, color=BLACK, lw=2.5, zorder=4, label=name
-            )
     counts = table.groupby("task", sort=False)["n"].first()
-    axes.set_xticks(range(len(tasks)), [f"{task}\nn = {counts[task]:,}" for task in tasks])
+    width = 0.8 / table["checkpoint"].nunique()
+    named = table.rename(columns={"low": "accuracy_low", "high": "accuracy_high"})
+    for i, (checkpoint, part) in enumerate(named.groupby("checkpoint", sort=False)):
+        x = counts.index.get_indexer(part["task"]) + width * (i + 0.5) - 0.4
+        look = {"color": (SKY, BLUE, ORANGE)[i % 3], "capsize": 4, "label": checkpoint}
+        axes.bar(x, part["accuracy"], 0.9 * width, yerr=_errors(part, "accuracy"), **look)
+        if "published" in part:
+            line = {"color": BLACK, "lw": 2.5, "zorder": 4, "label": None if i else "published"}
+            axes.hlines(part["published"], x - 0.4 * width, x + 0.4 * width, **line)
+    axes.set_xticks(range(len(counts)), [f"{task}\nn = {n:,}" for task, n in counts.items()])
     axes.set(ylabel="accuracy (%), 95% intervals", ylim=(0, 1), title="Open-ended tasks")
     axes.grid(axis="x", visible=False)
     _percent(axes.yaxis)
@@ -409,77 +355,58 @@ def open_ended_bars(table: pd.DataFrame) -> Figure:
 
 # ---- the method at a glance
 
-
-def _box(
-    axes: Axes, x: float, y: float, text: str, colour: str, width: float = 2.0, height: float = 1.0
-) -> None:
-    """A rounded box with its centre at (x, y), in the units of the axes."""
-    corner = (x - width / 2, y - height / 2)
-    look: dict[str, Any] = {
-        "boxstyle": "round,pad=0,rounding_size=0.12",
-        "fc": mpl.colors.to_rgba(colour, 0.12),
-        "ec": colour,
-    }
-    axes.add_patch(FancyBboxPatch(corner, width, height, lw=1.6, **look))
-    axes.text(x, y, text, ha="center", va="center", fontsize=9, linespacing=1.35)
-
-
-def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str = "#444444") -> None:
-    look = {"arrowstyle": "-|>", "color": colour, "lw": 1.6, "shrinkA": 0, "shrinkB": 0}
-    axes.annotate("", end, start, arrowprops=look)
+Boxes = dict[str, tuple[float, float, str, str]]  # name: x, y, text, colour
+Arrows = list[tuple[str, str, str, str]]  # from, to, colour, text
 
 
 def overview(tau: float = 0.5, samples: int = 8, rounds: int = 14, domains: int = 7) -> Figure:
     """The method in two pictures: (a) routing at inference, (b) the loop that teaches the model to know itself."""
     figure, (left, right) = _axes(1, 2, (11.2, 4.0), width_ratios=(1, 1.12))
-    for axes, width in ((left, 8.6), (right, 10.0)):
-        axes.set(xlim=(0, width), ylim=(0.5, 6.3))
-        axes.axis("off")
-    _draw_routing(left, tau)
-    _draw_loop(right, samples, rounds, domains)
+    routing: Boxes = {
+        "question": (1.2, 5, "question\nA. ...  B. ...", BLACK),
+        "edge": (4.6, 5, "edge model\nsmall, local", BLUE),
+        "said": (4.6, 3, "Confidence: 0.75\nFinal answer: B", BLUE),
+        "test": (4.6, 1, rf"confidence $\geq \tau$ = {tau:g}?", BLACK),
+        "keep": (1.2, 1, "keep the\nlocal answer", GREEN),
+        "cloud": (8.2, 3, "cloud model\nlarge, remote", VERMILION),
+        "answer": (8.2, 5, "cloud answer", VERMILION),
+    }
+    steps: Arrows = [("question", "edge", GREY, ""), ("edge", "said", GREY, ""), ("said", "test", GREY, "")]
+    steps += [("test", "keep", GREEN, "yes"), ("test", "cloud", VERMILION, "no, or not\nreadable")]
+    steps += [("cloud", "answer", VERMILION, "")]
+    _diagram(left, "(a) Inference: one forward pass decides", routing, steps)
+    loop: Boxes = {
+        "model": (1.1, 5, "checkpoint\n$R_t$", BLUE),
+        "sample": (4.6, 5, f"{samples} answers to each\nquestion of one domain", BLUE),
+        "count": (8.2, 5, f"$k$ of {samples} right", ORANGE),
+        "label": (8.2, 3, f"confidence =\n$k/{samples}$ to the nearest\n0, ¼, ½, ¾, 1", ORANGE),
+        "rows": (8.2, 1, "new rows: question,\nconfidence, answer", PURPLE),
+        "buffer": (4.6, 3, "replay buffer\nof earlier rows", GREY),
+        "tune": (4.6, 1, "LoRA fine-tuning\non new + replayed rows", GREEN),
+        "merge": (1.1, 1, "merge:\n$R_{t+1}$", GREEN),
+    }
+    names = ["model", "sample", "count", "label", "rows", "tune", "merge"]
+    turns: Arrows = [(one, two, GREY, "") for one, two in pairwise(names)]
+    turns += [("rows", "buffer", GREY, ""), ("buffer", "tune", GREY, "")]
+    turns += [("merge", "model", BLUE, f"{rounds} rounds,\n{domains} domains\nin turn")]
+    _diagram(right, "(b) Training: the model labels itself, round by round", loop, turns)
     return figure
 
 
-def _draw_routing(axes: Axes, tau: float) -> None:
-    axes.set_title("(a) Inference: one forward pass decides", fontweight="bold")
-    _box(axes, 1.2, 5.6, "question\nA. ...  B. ...", BLACK)
-    _box(axes, 4.3, 5.6, "edge model\nsmall, local", BLUE)
-    _box(axes, 4.3, 3.6, "Confidence: 0.75\nFinal answer: B", BLUE, 2.7)
-    axes.add_patch(Polygon([(4.3, 2.6), (5.9, 1.8), (4.3, 1.0), (2.7, 1.8)], fc="white", ec=BLACK, lw=1.6))
-    axes.text(4.3, 1.8, rf"confidence $\geq \tau$ ?" f"\n({tau:g})", ha="center", va="center", fontsize=9)
-    _box(axes, 1.1, 1.8, "keep the\nlocal answer", GREEN, 1.7)
-    _box(axes, 7.5, 3.6, "cloud model\nlarge, remote", VERMILION, 1.9)
-    _box(axes, 7.5, 5.6, "cloud answer", VERMILION, 1.9)
-    _arrow(axes, (2.2, 5.6), (3.3, 5.6))
-    _arrow(axes, (4.3, 5.1), (4.3, 4.1))
-    _arrow(axes, (4.3, 3.1), (4.3, 2.6))
-    _arrow(axes, (2.7, 1.8), (1.95, 1.8), GREEN)
-    axes.plot([5.9, 7.5], [1.8, 1.8], color=VERMILION, lw=1.6)
-    _arrow(axes, (7.5, 1.8), (7.5, 3.1), VERMILION)
-    _arrow(axes, (7.5, 4.1), (7.5, 5.1), VERMILION)
-    axes.text(2.32, 1.95, "yes", ha="center", va="bottom", fontsize=9, color=GREEN)
-    axes.text(6.7, 1.68, "no, or no\nreadable confidence", ha="center", va="top", fontsize=9, color=VERMILION)
-
-
-def _draw_loop(axes: Axes, samples: int, rounds: int, domains: int) -> None:
-    axes.set_title("(b) Training: the model labels itself, round by round", fontweight="bold")
-    _box(axes, 1.5, 5.6, "checkpoint\n$R_t$", BLUE)
-    _box(axes, 5.0, 5.6, f"{samples} answers to each\nquestion of one domain", BLUE, 3.0)
-    _box(axes, 8.5, 5.6, f"$k$ of {samples} right", ORANGE, 2.2)
-    _box(axes, 8.5, 3.4, f"confidence =\n$k/{samples}$ to the nearest\n0, ¼, ½, ¾, 1", ORANGE, 2.5, 1.4)
-    _box(axes, 8.5, 1.2, "new rows: question,\nconfidence, answer", PURPLE, 2.7)
-    _box(axes, 5.0, 3.4, "buffer\nof earlier rows", GREY, 2.0)
-    _box(axes, 5.0, 1.2, "LoRA fine-tuning\non new + replayed rows", GREEN, 3.0)
-    _box(axes, 1.5, 1.2, "merge:\n$R_{t+1}$", GREEN)
-    _arrow(axes, (2.5, 5.6), (3.5, 5.6))
-    _arrow(axes, (6.5, 5.6), (7.4, 5.6))
-    _arrow(axes, (8.5, 5.1), (8.5, 4.1))
-    _arrow(axes, (8.5, 2.7), (8.5, 1.7))
-    _arrow(axes, (7.15, 1.2), (6.5, 1.2))
-    _arrow(axes, (7.5, 1.7), (6.0, 2.9), GREY)
-    _arrow(axes, (5.0, 2.9), (5.0, 1.7), GREY)
-    axes.text(4.9, 2.3, "replay", ha="right", va="center", fontsize=9, color="#555555")
-    _arrow(axes, (3.5, 1.2), (2.5, 1.2))
-    _arrow(axes, (1.5, 1.7), (1.5, 5.1), BLUE)
-    turns = f"{rounds} rounds,\n{domains} domains\nin turn"
-    axes.text(1.7, 3.4, turns, ha="left", va="center", fontsize=9, color=BLUE, linespacing=1.35)
+def _diagram(axes: Axes, title: str, boxes: Boxes, arrows: Arrows) -> None:
+    """Texts in rounded boxes, with arrows from box to box."""
+    axes.set(xlim=(-0.2, 9.6), ylim=(0.3, 5.8))
+    axes.axis("off")
+    axes.set_title(title, fontweight="bold")
+    patches = {}
+    for name, (x, y, text, colour) in boxes.items():
+        look = {"boxstyle": "round,pad=0.5", "fc": mpl.colors.to_rgba(colour, 0.12), "ec": colour, "lw": 1.6}
+        patches[name] = axes.text(
+            x, y, text, ha="center", va="center", fontsize=9, bbox=look
+        ).get_bbox_patch()
+    for one, two, colour, text in arrows:
+        start, end = np.array([boxes[one][:2], boxes[two][:2]])
+        look = {"arrowstyle": "-|>", "color": colour, "lw": 1.6, "shrinkA": 0, "shrinkB": 0}
+        axes.annotate("", end, start, arrowprops=look | {"patchA": patches[one], "patchB": patches[two]})
+        x, y = (start + end) / 2
+        axes.text(x + 0.15, y - 0.1, text, ha="left", va="top", fontsize=9, color=colour)

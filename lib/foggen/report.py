@@ -26,6 +26,7 @@ SCORES = {
     "p_true": "P(True)",
     "verification": "verification share",
 }
+STATED = pd.Index(["confidence", "graded_confidence"])  # probabilities, so they can be calibrated
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body{{font:15px/1.5 sans-serif;max-width:68rem;margin:2rem auto;padding:0 1rem;color:#222}}
 img{{max-width:100%;width:46rem}} .table{{overflow-x:auto}}
@@ -43,14 +44,8 @@ ABOUT = (
 
 def markdown(table: pd.DataFrame) -> str:
     """The table as a Markdown table."""
-    cells = [
-        list(map(str, table.columns)),
-        ["---"] * len(table.columns),
-        *table.astype(str).to_numpy().tolist(),
-    ]
-    return (
-        "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells) + "\n"
-    )
+    cells = [[*table.columns], ["---"] * len(table.columns), *table.astype(str).to_numpy().tolist()]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in cells)
 
 
 def make_tables(
@@ -59,7 +54,7 @@ def make_tables(
     """Every table of the report by its title."""
     again: dict[str, Any] = {"resamples": resamples, "seed": seed}
     tables = {"Routing": routing.routing_table(outcomes, tau, **again)}
-    for score in [name for name in ("confidence", "graded_confidence") if name in outcomes]:
+    for score in STATED.intersection(outcomes.columns):
         sweep = routing.sweep_table(outcomes, score=score, **again)
         tables[f"Thresholds on {SCORES[score]}"] = sweep[sweep["domain"] == MEAN]
         tables[f"Calibration of {SCORES[score]}"] = stats.calibration_table(outcomes, score, **again)
@@ -77,19 +72,14 @@ def make_figures(outcomes: pd.DataFrame, table: pd.DataFrame, tau: float, seed: 
         for column, label in known.items()
     }
     mean = table.iloc[-1]
+    point = (mean["routed"], mean["sysacc"])
     figures = {
-        "Accuracy against cloud share": plots.accuracy_curve(
-            curves[SCORES["confidence"]], (mean["routed"], mean["sysacc"]), tau=tau
-        ),
+        "Accuracy against cloud share": plots.accuracy_curve(curves[SCORES["confidence"]], point, tau=tau),
         "Domains": plots.domain_dumbbells(table),
         "Lift of several scores": plots.matched_curves(curves, mean["routed"]),
         "Risk and coverage": plots.risk_coverage(outcomes, known, tau),
     }
-    for column in [
-        name
-        for name in ("confidence", "graded_confidence")
-        if name in outcomes and outcomes[name].notna().any()
-    ]:
+    for column in STATED.intersection(outcomes.columns[outcomes.notna().any()]):
         figures[f"Reliability of {known[column]}"] = plots.reliability(outcomes, column, known[column])
         figures[f"Histogram of {known[column]}"] = plots.confidence_histogram(outcomes, column, known[column])
     return figures

@@ -18,7 +18,7 @@ from foggen import data, stats
 from foggen.config import Settings, load_profile
 from foggen.outcomes import Examination
 from foggen.questions import subset
-from foggen.rounds import Round, run_chain
+from foggen.rounds import Loan, Round, edge_engine, run_chain
 from foggen.routing import routing_metrics
 from foggen.stats import CALIBRATION, Array
 from foggen.store import ROOT, Store, fill, progress, write_json
@@ -54,7 +54,7 @@ def run_variant(settings: Settings, store: Store, variant: str) -> tuple[list[pd
     parts = data.splits(settings)
     asked = subset(parts["test"], settings.test_questions, 0)
     results = run_chain(settings, store, parts["train"], parts["dev"])
-    examination = Examination.of(settings, store, "test", asked)
+    examination = Examination(settings, store, "test", asked, Loan(edge_engine(settings)))
     names = {question.id: question.difficulty for question in asked}
     # R0 is the same in every variant: it is examined once a seed.
     checkpoints = {variant: results[-1]} | ({BASE: results[0]} if variant == "foggen" else {})
