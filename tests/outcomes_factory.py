@@ -12,15 +12,20 @@ CLOUD = np.array([0.6, 0.65, 0.7, 0.75, 0.8])
 
 
 def make_outcomes(
-    n: int = 300, domains: int = 3, seed: int = 0, per_fact: int = 1, rich: bool = False
+    n: int = 300, domains: int = 3, seed: int = 0, per_fact: int = 1, rich: bool = False, agree: float = 1.0
 ) -> pd.DataFrame:
-    """`n` questions a domain; with `per_fact` > 1 all questions of a fact share confidence and correctness."""
+    """`n` questions a domain; the `per_fact` questions of a fact share confidence and, each by the chance `agree`,
+    the fact's correctness.
+    """
     dice = np.random.default_rng(seed)
     parts = []
     for d in range(domains):
         fact = np.arange(n) // per_fact
         level = dice.choice(5, fact[-1] + 1, p=STATED)[fact]
         local = (dice.random(fact[-1] + 1)[fact] < LOCAL[level]).astype(float)
+        if agree < 1:
+            own = (dice.random(n) < LOCAL[level]).astype(float)
+            local = np.where(dice.random(n) < agree, local, own)
         cloud = (dice.random(fact[-1] + 1)[fact] < CLOUD[level]).astype(float)
         part = pd.DataFrame({"id": [f"d{d}-{i}" for i in range(n)], "domain": f"domain{d}"})
         part = part.assign(local_correct=local, cloud_correct=cloud, confidence=LEVELS[level])
