@@ -160,7 +160,7 @@ def test_publish_strips_the_machine(folders, monkeypatch, tmp_path, capsys):
     # the notebook's own default is this very run folder, so nothing is injected
     source.write_text(source.read_text().replace("runs/pocket", str(folders[1])))
     assert run(folders) == 0
-    row = "| time, memory | `pocket`: not measured; `paper`: not measured |"
+    row = "**Who?**\n\n| time, memory | `pocket`: not measured; `paper`: not measured |"
     book = nbformat.read(source, as_version=4)
     book.cells.insert(0, nbformat.v4.new_markdown_cell(row))
     nbformat.write(book, source)
@@ -175,7 +175,11 @@ def test_publish_strips_the_machine(folders, monkeypatch, tmp_path, capsys):
     )
     assert book.cells[2].outputs[0].text == "result\n"
     readme = (tmp_path / "README.md").read_text()
-    assert "| 01_first |" in readme and "old" not in readme and readme.endswith("after")
+    assert (
+        "| [01_first](notebooks/01_first.ipynb) | Who? |" in readme
+        and "old" not in readme
+        and readme.endswith("after")
+    )
     assert all(set(cell.metadata) <= {"tags"} for cell in book.cells)
     assert run(folders, "--publish", "--seed", "3") == 2
     assert "not for publication" in capsys.readouterr().out

@@ -212,14 +212,23 @@ def show_plan(plan: Plan) -> None:
         console.print(f"  {name} = {value}  ({form})", markup=False)
 
 
+def question_of(notebook: Path) -> str:
+    """The question that a notebook opens with: the first bold text of its first cell."""
+    found = re.search(
+        r"\*\*(.+?)\*\*", nbformat.read(notebook, as_version=4).cells[0].source, flags=re.DOTALL
+    )
+    return " ".join(found[1].split()) if found else ""
+
+
 def times_table(plan: Plan) -> str:
-    """The finished notebooks as a Markdown table: time, peak memory, headline result."""
-    lines = ["| notebook | time | peak memory | result |", "|---|---|---|---|"]
+    """The finished notebooks as a Markdown table: question, time, peak memory, headline result."""
+    lines = ["| notebook | question | time | peak memory | result |", "|---|---|---|---|---|"]
     for notebook in plan.keys:
         if plan.state(notebook) == "done":
             record = read_json(plan.sentinel(notebook))
-            size = f"{record['peak'] / 2**30:.1f} GiB"
-            lines.append(f"| {notebook.stem} | {record['seconds']:.0f} s | {size} | {record['headline']} |")
+            link = f"[{notebook.stem}](notebooks/{notebook.name})"
+            cost = f"{record['seconds']:.0f} s | {record['peak'] / 2**30:.1f} GiB"
+            lines.append(f"| {link} | {question_of(notebook)} | {cost} | {record['headline']} |")
     return "\n".join(lines)
 
 
