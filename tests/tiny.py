@@ -1,33 +1,73 @@
-"""A random Qwen3 of two layers with a byte-level tokenizer, and questions for it: made in a second, offline."""
+"""Random models of two layers with byte-level tokenizers, and questions for them: made in a second, offline."""
 
 from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from foggen.questions import DOMAINS, Question
 
-TEMPLATE = (  # Qwen's, without tools
+QWEN3 = (  # without tools
     "{%- for message in messages %}"
-    "{{- '<|im_start|>' + message.role + '\\n' }}"
+    "{{- '<|im_start|>' + message.role + '\n' }}"
     "{%- if message.role == 'assistant' and enable_thinking is defined %}"
-    "{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
-    "{{- message.content + '<|im_end|>' + '\\n' }}"
+    "{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
+    "{{- message.content + '<|im_end|>' + '\n' }}"
     "{%- endfor %}"
     "{%- if add_generation_prompt %}"
-    "{{- '<|im_start|>assistant\\n' }}"
-    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
+    "{{- '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
     "{%- endif %}"
 )
+SMOLLM2 = (  # a system turn of its own where a chat begins without one
+    "{%- if messages[0].role != 'system' %}{{- '<|im_start|>system\nBe helpful.<|im_end|>\n' }}{%- endif %}"
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+_GEMMA = (
+    "{%- for message in turns %}"
+    "{%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}{{- raise_exception('roles alternate') }}{%- endif %}"
+    "{{- '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) + '\n' }}"
+    "{{- (first if loop.first else '') + message.content | trim + '<end_of_turn>\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<start_of_turn>model\n' }}{%- endif %}"
+)
+GEMMA3 = (  # puts the system text before the first user turn's
+    "{{- bos_token }}{%- set first = '' %}{%- set turns = messages %}"
+    "{%- if messages[0].role == 'system' %}"
+    "{%- set first = messages[0].content + '\n\n' %}{%- set turns = messages[1:] %}{%- endif %}"
+) + _GEMMA
+GEMMA2 = "{{- bos_token }}{%- set first = '' %}{%- set turns = messages %}" + _GEMMA  # refuses a system turn
 
 
-def make_tokenizer() -> Any:
-    """A byte-level BPE tokenizer with Qwen's special tokens: any text, no unknowns."""
+class Family(NamedTuple):
+    """A chat template in our words, the special tokens (padding, end of text, beginning) and the marks of a turn."""
+
+    template: str
+    pad: str
+    eos: str
+    bos: str | None
+    marks: tuple[str, ...]
+
+
+FAMILIES = {
+    "qwen3": Family(QWEN3, "<|endoftext|>", "<|im_end|>", None, ("<|im_start|>", "<|im_end|>")),
+    "smollm2": Family(SMOLLM2, "<|im_end|>", "<|im_end|>", "<|im_start|>", ("<|im_start|>", "<|im_end|>")),
+    "gemma3": Family(GEMMA3, "<pad>", "<eos>", "<bos>", ("<start_of_turn>", "<end_of_turn>")),
+    "gemma2": Family(GEMMA2, "<pad>", "<eos>", "<bos>", ("<start_of_turn>", "<end_of_turn>")),
+}
+
+
+def make_tokenizer(family: str = "qwen3") -> Any:
+    """A byte-level BPE tokenizer with a family's special tokens and template: any text, no unknowns."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    known = FAMILIES[family]
+    special = list(dict.fromkeys([known.pad, *known.marks, known.eos, *([known.bos] if known.bos else [])]))
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -39,36 +79,43 @@ def make_tokenizer() -> Any:
     bpe.train_from_iterator(corpus, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=special[1:],
+        eos_token=known.eos,
+        pad_token=known.pad,
+        bos_token=known.bos,
+        additional_special_tokens=list(known.marks),
     )
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = known.template
     return tokenizer
 
 
-def make_model(folder: Path, seed: int = 0) -> Path:
-    """A random Qwen3 of two layers, saved with its tokenizer."""
+def make_model(folder: Path, seed: int = 0, family: str = "qwen3") -> Path:
+    """A random Qwen3 or Gemma 3 of two layers, saved with its tokenizer."""
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen3Config, Qwen3ForCausalLM
 
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(family)
     torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        initializer_range=0.05,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.05,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if family == "gemma3":  # one layer of each of its two kinds of attention
+        kinds = ["sliding_attention", "full_attention"]
+        model: Any = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, sliding_window=512, layer_types=kinds))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes))
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -257,15 +257,7 @@ def encode_chat(
         chat = [*chat, last]
     marks = [f"\ue000{index}\ue001" for index in range(len(chat))]
     shells = [{"role": message["role"], "content": mark} for message, mark in zip(chat, marks, strict=True)]
-    rendered = cast(
-        str,
-        tokenizer.apply_chat_template(
-            shells,
-            tokenize=False,
-            add_generation_prompt=bool(prefix) or add_generation_prompt,
-            enable_thinking=False,
-        ),
-    )
+    rendered = _rendered(tokenizer, shells, bool(prefix) or add_generation_prompt)
     contents = dict(zip(marks, (message["content"] for message in chat), strict=True))
     ids: list[int] = []
     for piece in re.split("(\ue000[0-9]+\ue001)", rendered):
@@ -274,6 +266,29 @@ def encode_chat(
         elif piece:
             ids += cast(list[int], tokenizer(piece, add_special_tokens=False)["input_ids"])
     return ids + (plain_ids(tokenizer, prefix) if prefix else [])
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, shells: Messages, add_generation_prompt: bool) -> str:
+    """The template's text around placeholders. One without a system role gets it at the head of the first user turn."""
+    from jinja2 import TemplateError
+
+    try:
+        rendered = cast(
+            str,
+            tokenizer.apply_chat_template(
+                shells, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
+            ),
+        )
+        if all(shell["content"] in rendered for shell in shells):
+            return rendered
+        trouble: Exception = ValueError("the model's chat template leaves out a message")
+    except TemplateError as error:
+        trouble = error
+    if shells[0]["role"] != "system" or len(shells) < 2:
+        raise trouble
+    system, first, *rest = shells
+    joined = {"role": first["role"], "content": f"{system['content']}\n\n{first['content']}"}
+    return _rendered(tokenizer, [joined, *rest], add_generation_prompt)
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -6,24 +6,20 @@ Every step is a stage of the run's store. Knows no engine by name: models run be
 from __future__ import annotations
 
 import random
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
-from foggen import confidence, engines, open_ended, prompts
+from foggen import confidence, engines, open_ended, prompts, training
 from foggen.confidence import SftRow
 from foggen.config import Settings, SettingsError, derive_seed
 from foggen.engines import Engine, Sampling
 from foggen.hub import download
-from foggen.prompts import encode_chat, mcq_messages, parse_response, plain_ids, turn_end_id
+from foggen.prompts import mcq_messages, parse_response
 from foggen.questions import OpenQuestion, Question, by_domain, draw, draw_balanced, subset
 from foggen.store import ROOT, Store, digest, progress, read_json, read_jsonl, write_json, write_jsonl
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from foggen.training import encode_row, limit_threads
 
 EngineFactory = Callable[[Path], Engine]
 MODEL = ("engine", "engine_options", "dtype")  # settings that every answer of a model depends on
@@ -40,151 +36,11 @@ def model_folder(model: str, revision: str | None = None) -> Path:
     return download(model, revision)
 
 
-def limit_threads(settings: Settings) -> None:
-    """Gives PyTorch the profile's number of CPU threads, for this process."""
-    import torch
-
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-
-
 def edge_engine(settings: Settings) -> EngineFactory:
     """Loads the edge model's checkpoints into the engine that the settings name."""
     limit_threads(settings)
     options = {"dtype": settings.dtype, **settings.engine_options}
     return lambda folder: engines.make_engine(settings.engine, folder, **options)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Fine-tuning
-
-
-def encode_row(
-    tokenizer: PreTrainedTokenizerBase, messages: prompts.Messages, target: str
-) -> dict[str, list[int]]:
-    """Token ids of a training row, and the mask of those to learn: the target and the end of the turn.
-
-    The prompt has the very ids that an engine reads, so training and inference cannot drift apart.
-    """
-    prompt = encode_chat(tokenizer, messages)
-    completion = [*plain_ids(tokenizer, target), turn_end_id(tokenizer)]
-    return {
-        "input_ids": prompt + completion,
-        "completion_mask": [0] * len(prompt) + [1] * len(completion),
-    }
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars: in a notebook they are debris."""
-    import datasets
-
-    from foggen.engines.transformers_engine import no_bars
-
-    datasets.disable_progress_bars()
-    try:
-        with no_bars():
-            yield
-    finally:
-        datasets.enable_progress_bars()
-
-
-def sft(
-    model: Path, rows: Sequence[Mapping[str, Any]], settings: Settings, out: Path, seed: int
-) -> dict[str, Any]:
-    """Fine-tunes a LoRA adapter on rows (`messages`, `target`), merges it, and saves model and tokenizer to `out`.
-
-    The loss is on the target and the end of the turn only. Rows longer than `max_length` are left out, not cut:
-    a cut row would teach an answer without its end. Returns what was trained, for the record.
-    """
-    import torch
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
-    from trl.trainer.sft_trainer import SFTTrainer
-
-    from foggen.engines.transformers_engine import pick_dtype
-
-    limit_threads(settings)
-    set_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    encoded = [encode_row(tokenizer, row["messages"], row["target"]) for row in rows]
-    kept = [row for row in encoded if len(row["input_ids"]) <= settings.sft.max_length]
-    if not kept:
-        raise ValueError(
-            f"all {len(rows)} training rows are longer than sft.max_length={settings.sft.max_length}"
-        )
-    dtype = pick_dtype(settings.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    with _quiet(), tempfile.TemporaryDirectory() as scratch:
-        trainer = SFTTrainer(
-            model=AutoModelForCausalLM.from_pretrained(model, dtype=dtype),
-            args=_sft_config(settings, scratch, seed, bf16=dtype == torch.bfloat16),
-            train_dataset=Dataset.from_list(kept),
-            processing_class=tokenizer,
-            peft_config=LoraConfig(
-                r=settings.lora.r,
-                lora_alpha=settings.lora.alpha,
-                target_modules=settings.lora.targets,
-                task_type="CAUSAL_LM",
-            ),
-            callbacks=[_progress_callback()],
-        )
-        trainer.remove_callback(PrinterCallback)
-        result = trainer.train()
-        # The product of the two small matrices is added in float32: in bfloat16 most of a small update rounds away.
-        merged = cast(Any, trainer.model).float().merge_and_unload().to(dtype)
-        merged.config.use_cache = True  # the trainer switched it off
-        merged.save_pretrained(out)
-        AutoTokenizer.from_pretrained(model).save_pretrained(out)
-    return {
-        "rows": len(kept),
-        "too_long": len(rows) - len(kept),
-        "tokens": sum(len(row["input_ids"]) for row in kept),
-        "steps": result.global_step,
-        "loss": round(result.training_loss, 4),
-        "dtype": str(dtype),
-        "seed": seed,
-    }
-
-
-def _sft_config(settings: Settings, scratch: str, seed: int, bf16: bool) -> Any:
-    import torch
-    from trl.trainer.sft_config import SFTConfig
-
-    return SFTConfig(
-        output_dir=scratch,
-        completion_only_loss=True,
-        max_length=None,
-        learning_rate=settings.sft.learning_rate,
-        lr_scheduler_type=settings.sft.scheduler,
-        warmup_steps=settings.sft.warmup_ratio,
-        weight_decay=settings.sft.weight_decay,
-        num_train_epochs=settings.sft.epochs,
-        per_device_train_batch_size=settings.sft.batch_size,
-        gradient_accumulation_steps=settings.sft.gradient_accumulation,
-        train_sampling_strategy="group_by_length",
-        gradient_checkpointing=False,
-        bf16=bf16,
-        seed=seed,
-        save_strategy="no",
-        report_to="none",
-        logging_steps=0.5,
-        disable_tqdm=True,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-
-
-def _progress_callback() -> Any:
-    from transformers import TrainerCallback
-
-    class Progress(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, **context: Any) -> None:
-            if "loss" in context["logs"]:
-                loss = float(context["logs"]["loss"])
-                progress(f"    step {state.global_step} of {state.max_steps}, loss {loss:.3f}")
-
-    return Progress()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -334,10 +190,10 @@ class Chain:
         rows = self.label("r00", teacher, asked)
         buffer = cast(list[SftRow], read_jsonl(rows))
         overall = [row["confidence"] for row in buffer]
-        training: dict[str, Any] = {}
+        trained: dict[str, Any] = {}
         if install:
-            model, training = self.sft("r00", model, buffer)
-        yield self.round(0, None, model, rows, training)
+            model, trained = self.sft("r00", model, buffer, template=teacher)
+        yield self.round(0, None, model, rows, trained)
         used = {question.id for question in asked}
         known = {question.id: question for question in self.train}
         for number in range(1, settings.rounds + 1):
@@ -352,9 +208,9 @@ class Chain:
             if settings.relabel_replay:
                 again = self.label(f"{name}-replay", model, [known[row["id"]] for row in old], overall)
                 old = cast(list[SftRow], read_jsonl(again))
-            model, training = self.sft(name, model, [*new, *old])
+            model, trained = self.sft(name, model, [*new, *old])
             buffer += new
-            yield self.round(number, domain, model, rows, training)
+            yield self.round(number, domain, model, rows, trained)
 
     def label(
         self, name: str, model: Path, questions: Sequence[Question], overall: Sequence[float] = ()
@@ -394,23 +250,29 @@ class Chain:
             self.store.stage(f"{name}-labels", keyed, [sampled], write, [prompts, confidence]) / "rows.jsonl"
         )
 
-    def sft(self, name: str, model: Path, rows: Sequence[SftRow]) -> tuple[Path, dict[str, Any]]:
-        """The next checkpoint, trained on `rows` from `model`, and what the training was."""
+    def sft(
+        self, name: str, model: Path, rows: Sequence[SftRow], template: Path | None = None
+    ) -> tuple[Path, dict[str, Any]]:
+        """The next checkpoint, trained on `rows` from `model`, and what the training was.
+
+        `template`: a model whose chat template is taken where `model` has none.
+        """
         s = self.settings
         seed = derive_seed(s.seed, name, "sft")
 
         def train(folder: Path) -> None:
             write_jsonl(folder / "rows.jsonl", rows)
-            write_json(folder / "training.json", sft(model, rows, s, folder / "model", seed))
+            record = training.train(model, rows, s, folder / "model", seed, template)
+            write_json(folder / "training.json", record)
 
         keyed = {**s.only("lora", "sft", "dtype"), "rows": digest(list(rows)), "seed": seed}
-        folder = self.store.stage(
-            f"{name}-sft", keyed, [model], train, [prompts, sft, _sft_config, encode_row]
-        )
+        inputs = [model] if template is None else [model, template]
+        code = [prompts, training.sft, training.sft_config, encode_row]
+        folder = self.store.stage(f"{name}-sft", keyed, inputs, train, code)
         return folder / "model", cast(dict[str, Any], read_json(folder / "training.json"))
 
     def round(
-        self, number: int, domain: str | None, model: Path, rows: Path, training: dict[str, Any]
+        self, number: int, domain: str | None, model: Path, rows: Path, trained: dict[str, Any]
     ) -> Round:
         """Evaluates a checkpoint on the dev set and sums the round up."""
         s = self.settings
@@ -427,7 +289,7 @@ class Chain:
         outcomes = folder / "outcomes.jsonl"
         labels = confidence.histogram(cast(list[SftRow], read_jsonl(rows)))
         return Round(
-            number, domain, model, rows, outcomes, labels, training, dev_metrics(read_jsonl(outcomes), s.tau)
+            number, domain, model, rows, outcomes, labels, trained, dev_metrics(read_jsonl(outcomes), s.tau)
         )
 
 
@@ -521,5 +383,5 @@ def run_r15(
     folder = store.stage("r15-labels", keyed, [model], ask, [prompts, engines, open_ended, confidence.bucket])
     new = cast(list[open_ended.OpenRow], read_jsonl(folder / "rows.jsonl"))
     old = replay(buffer_rows(rounds), s.open_ended.r15.replay, seed)
-    trained, training = Chain(s, store, [], [], loan).sft("r15", model, [*new, *old])
-    return Branch(trained, new, read_jsonl(folder / "counts.jsonl"), old, training)
+    branch, trained = Chain(s, store, [], [], loan).sft("r15", model, [*new, *old])
+    return Branch(branch, new, read_jsonl(folder / "counts.jsonl"), old, trained)
