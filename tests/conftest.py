@@ -5,12 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from tiny import make_model, make_questions, make_tokenizer
 
 from foggen.config import Settings, load_profile
 from foggen.questions import Question
 from foggen.store import LOCK_VARIABLE, RUN_VARIABLE
+
+
+# The same examples at every run, and no judging by the clock; `--hypothesis-profile=search` looks for new ones.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None, database=None)
+hypothesis.settings.register_profile("search", deadline=None)
+hypothesis.settings.load_profile("same")
 
 
 @pytest.fixture(autouse=True)

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from foggen.engines.base import Completion, Engine, EngineError, Sampling
 
-__all__ = ["Completion", "Engine", "EngineError", "Sampling", "make_engine"]
+__all__ = ["ENGINES", "Completion", "Engine", "EngineError", "Sampling", "make_engine"]
 
-KINDS = ("transformers", "vllm", "openai")
+ENGINES = {  # what makes an engine of a model (a folder or a hub name) and options: loaded when it is asked for
+    "transformers": "foggen.engines.transformers_engine:TransformersEngine.load",
+    "vllm": "foggen.engines.vllm_engine:VLLMEngine",
+    "openai": "foggen.engines.openai_engine:OpenAIEngine",
+}
 
 
 def make_engine(kind: str, model: str | Path, **options: Any) -> Engine:
-    """`kind`: transformers, vllm or openai; `model`: a folder or hub name; options go to the constructor.
-
-    Imports happen here, so that a machine needs only the packages of the engine it uses.
-    """
-    if kind == "transformers":
-        from foggen.engines.transformers_engine import TransformersEngine
-
-        return TransformersEngine.load(model, **options)
-    if kind == "vllm":
-        from foggen.engines.vllm_engine import VLLMEngine
-
-        return VLLMEngine(model, **options)
-    if kind == "openai":
-        from foggen.engines.openai_engine import OpenAIEngine
-
-        return OpenAIEngine(str(model), **options)
-    raise EngineError(f"engine: {kind!r} is unknown; expected one of {', '.join(KINDS)}")
+    """An engine of a name in `ENGINES`; a machine needs only the packages of those that it uses. Raises EngineError."""
+    if kind not in ENGINES:
+        raise EngineError(f"engine: {kind!r} is unknown; expected one of {', '.join(ENGINES)}")
+    engine: Engine = resolve_name(ENGINES[kind])(model, **options)
+    return engine
