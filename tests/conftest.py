@@ -13,7 +13,6 @@ from foggen.config import Settings, load_profile
 from foggen.questions import Question
 from foggen.store import LOCK_VARIABLE, RUN_VARIABLE
 
-
 # The same examples at every run, and no judging by the clock; `--hypothesis-profile=search` looks for new ones.
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None, database=None)
 hypothesis.settings.register_profile("search", deadline=None)
