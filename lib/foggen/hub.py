@@ -97,12 +97,13 @@ def is_local(name: str) -> bool:
 
 def cached(name: str, kind: Kind, revision: str | None = None) -> Path | None:
     """The folder of the newest or the named revision in this machine's cache; asks no hub."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants
 
-    try:
-        return Path(snapshot_download(name, repo_type=kind, revision=revision, local_files_only=True))
-    except Exception:  # whatever is wrong with the cache: it has no usable copy
-        return None
+    folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}"
+    newest = folder / "refs" / "main"
+    commit = revision or (newest.read_text().strip() if newest.exists() else "")
+    snapshot = folder / "snapshots" / commit
+    return snapshot if commit and snapshot.is_dir() else None
 
 
 def download(name: str, revision: str | None = None) -> Path:

@@ -26,7 +26,7 @@ from rich.text import Text
 from traitlets.config import Config
 
 import foggen
-from foggen import hub
+from foggen import estimate, hub
 from foggen.config import Settings, SettingsError, load_profile, parameter_names, parse_override
 from foggen.store import (
     LOCK_VARIABLE,
@@ -201,9 +201,11 @@ def summary(plan: Plan, notebooks: Sequence[Path], kept: Sequence[Path]) -> Tabl
 
 
 def show_plan(plan: Plan) -> None:
-    """The notebooks with their state, then every parameter with its value and form."""
+    """The notebooks with their state, an estimate of the work, then every parameter with its value and form."""
     for notebook in plan.keys:
         console.print(f"{notebook.stem:<20} {plan.state(notebook)}", markup=False)
+    for part in estimate.tables(plan.settings):
+        console.print(part, markup=False)
     values: dict[str, Any] = plan.settings.model_dump(mode="json")
     for name, form in parameter_names().items():
         value: Any = values

@@ -383,5 +383,9 @@ def run_r15(
     folder = store.stage("r15-labels", keyed, [model], ask, [prompts, engines, open_ended, confidence.bucket])
     new = cast(list[open_ended.OpenRow], read_jsonl(folder / "rows.jsonl"))
     old = replay(buffer_rows(rounds), s.open_ended.r15.replay, seed)
-    branch, trained = Chain(s, store, [], [], loan).sft("r15", model, [*new, *old])
+    if s.open_ended.r15_model:  # trained by others on rows of its own; ours are for the eye
+        branch = model_folder(s.open_ended.r15_model)
+        trained: dict[str, Any] = {"rows": len(new) + len(old), "too_long": 0, "steps": 0}
+    else:
+        branch, trained = Chain(s, store, [], [], loan).sft("r15", model, [*new, *old])
     return Branch(branch, new, read_jsonl(folder / "counts.jsonl"), old, trained)
