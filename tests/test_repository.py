@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from foggen.config import load_profile
 from foggen.store import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -170,6 +171,17 @@ class TestCitation:
         assert f"## {foggen.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_every_part_has_a_licence() -> None:
+    assert "Apache License" in (ROOT / "LICENSE").read_text()[:200]
+    named = (ROOT / "data" / "LICENSE.md").read_text()
+    for part in (file for file in (ROOT / "data").iterdir() if file.suffix != ".md"):
+        assert f"`{part.name}{'/' if part.is_dir() else ''}`" in named
+    for card in (ROOT / "data" / "pocket").glob("*/README.md"):
+        assert card.read_text().startswith("---\nlicense: apache-2.0\n")
+    sources = load_profile("paper").data.sources + load_profile("open-data").data.sources
+    assert sources and all(source.licence for source in sources)
+
+
 # ---- who imports whom
 
 
@@ -214,11 +226,8 @@ class TestImports:
         assert not any(GRAPH[name] for name in GRAPH["foggen.config"])
 
     def test_programs_stand_at_the_top(self) -> None:
-        used = set().union(*GRAPH.values())
-        programs = {
-            name for name, file in GRAPH_FILES.items() if '__name__ == "__main__"' in file.read_text()
-        }
-        assert "foggen.reproduce" in programs and not programs & used
+        programs = {f"foggen.{name}" for name in ("reproduce", "study", "report", "pocket", "bench")}
+        assert programs <= set(GRAPH) and not programs & set().union(*GRAPH.values())
 
     def test_tables_and_figures_need_no_model(self) -> None:
         for name in ("foggen.stats", "foggen.routing", "foggen.plots", "foggen.report"):
