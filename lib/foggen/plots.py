@@ -366,7 +366,7 @@ def overview(tau: float = 0.5, samples: int = 8, rounds: int = 14, domains: int 
         "question": (1.2, 5, "question\nA. ...  B. ...", BLACK),
         "edge": (4.6, 5, "edge model\nsmall, local", BLUE),
         "said": (4.6, 3, "Confidence: 0.75\nFinal answer: B", BLUE),
-        "test": (4.6, 1, rf"confidence $\geq \tau$ = {tau:g}?", BLACK),
+        "test": (4.6, 1, f"confidence\n$\\geq \\tau$ = {tau:g}?", BLACK),
         "keep": (1.2, 1, "keep the\nlocal answer", GREEN),
         "cloud": (8.2, 3, "cloud model\nlarge, remote", VERMILION),
         "answer": (8.2, 5, "cloud answer", VERMILION),
