@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import venv
 from pathlib import Path
 
@@ -59,8 +58,3 @@ def test_the_colab_notebook_runs_on_what_colab_brings_and_resumes(bare_python: P
     result = json.loads((tmp_path / "run" / "done" / "colab_evaluate.json").read_text())
     assert result["results"]["n"] == 70 and "AUROC" in result["headline"]
     assert (tmp_path / "run" / "figures" / "colab_evaluate.png").exists()
-
-
-def test_colab_is_no_link_of_the_chain() -> None:
-    listed = [sys.executable, "-m", "foggen.reproduce", "--list"]
-    assert "colab" not in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True).stdout
