@@ -10,6 +10,7 @@ import sys
 import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -91,6 +92,26 @@ class TestNotebook:
             "nbval-skip",
             "nbval-raises-exception",
         }
+
+    def test_teaches(self, notebook: Path) -> None:
+        """Opens with its question and cost, links to its neighbours, explains every other cell, ends with a result."""
+        first = "".join(cells(notebook)[0]["source"])
+        assert re.search(r"\*\*[^*]+\?\*\*", first), "the question comes first"
+        assert all(f"\n| {row} |" in first for row in ("in", "out", "time, memory", "needs"))
+        chain = [path for path in NOTEBOOKS if path.stem[0].isdigit()]
+        if notebook in chain:
+            place = chain.index(notebook)
+            beside = {*chain[max(place - 1, 0) : place], *chain[place + 1 : place + 2]}
+            assert all(f"({path.name})" in first for path in beside), (
+                "links to the notebooks before and after"
+            )
+        text = [cell for cell in cells(notebook) if cell["cell_type"] == "markdown"]
+        heads = re.findall(
+            r"^## (.+)$", "\n".join("".join(one["source"]) for one in text), flags=re.MULTILINE
+        )
+        assert {"Result", "Exercises"} <= set(heads)
+        sizes = [len(cell["source"]) for cell in cells(notebook) if cell["cell_type"] == "code"]
+        assert 0.4 <= len(text) / len(cells(notebook)) <= 0.65 and median(sizes) < 8
 
     def test_takes_the_runners_parameters_and_ends_with_its_sentinel(self, notebook: Path) -> None:
         tagged = [cell for cell in cells(notebook) if "parameters" in cell["metadata"].get("tags", [])]
