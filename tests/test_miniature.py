@@ -101,13 +101,7 @@ def run_paper(folder: Path, family: str, rounds: int) -> None:
 
 
 @pytest.mark.parametrize("family", PROFILES)
-def test_two_rounds(family: str, tmp_path: Path) -> None:
-    run_paper(tmp_path, family, rounds=2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", PROFILES)
-def test_fourteen_rounds(family: str, tmp_path: Path) -> None:
+def test_fourteen_rounds_r15_and_the_evaluation(family: str, tmp_path: Path) -> None:
     run_paper(tmp_path, family, rounds=14)
 
 

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from foggen import prompts
 from foggen.config import Settings, SettingsError
 from foggen.prompts import encode_chat, plain_ids, turn_end_id
-from foggen.store import ROOT, progress, read_json, write_json, write_text
+from foggen.store import ROOT, peak_memory, progress, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -117,7 +118,9 @@ def sft(
             callbacks=[_progress_callback()],
         )
         trainer.remove_callback(PrinterCallback)
+        started = time.perf_counter()
         result = trainer.train()
+        seconds = time.perf_counter() - started
         record = {
             "rows": len(kept),
             "too_long": len(rows) - len(kept),
@@ -139,6 +142,10 @@ def sft(
             merged.generation_config.eos_token_id = _ends(merged, tokenizer)
             merged.save_pretrained(out)
             load_tokenizer(model, template).save_pretrained(out)
+            peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory()
+            write_json(
+                out.with_name("timing.json"), {"seconds": seconds, "peak": peak}
+            )  # no part of the record
             for folder in (out, out.with_name("adapter")):
                 write_text(folder / "README.md", card(settings, base, record))
     return record
