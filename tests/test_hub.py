@@ -14,6 +14,7 @@ from huggingface_hub import HfApi, constants, errors
 
 from foggen import hub
 from foggen.config import load_profile, override
+from foggen.push import push
 from foggen.rounds import model_folder
 from foggen.store import Store, read_json
 
@@ -113,3 +114,24 @@ def test_a_snapshot_is_an_input_by_its_commit(tmp_path: Path) -> None:
     snapshot.mkdir(parents=True)
     stage = Store(tmp_path / "run").stage("one", {}, [snapshot], lambda folder: None)
     assert read_json(stage / "stage.json")["inputs"] == ["models--a--b@c0ffee"]
+
+
+def test_an_upload_asks_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    done: list[Any] = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, *names, **options: done.append((names, options)))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **options: done.append(options))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(hub.HubError, match="HF_TOKEN"):
+        push(tmp_path, "me/mine")
+    monkeypatch.setenv("HF_TOKEN", "key")
+    with pytest.raises(hub.HubError, match="no checkpoint"):
+        push(tmp_path, "me/mine")
+    (tmp_path / "model.safetensors").write_bytes(b"0")
+    for answer in ("", "no", "y"):
+        assert not push(tmp_path, "me/mine", lambda question, answer=answer: answer)
+    assert not done
+    questions: list[str] = []
+    assert push(tmp_path, "me/mine", lambda question: questions.append(question) or "yes")
+    assert done[0] == (("me/mine",), {"private": True, "exist_ok": True})
+    assert done[1]["repo_id"] == "me/mine" and done[1]["folder_path"] == tmp_path
+    assert "1 files" in questions[0] and "key" not in capsys.readouterr().out
