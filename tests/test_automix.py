@@ -446,6 +446,36 @@ def test_comparison_where_the_cloud_is_as_good_as_the_edge(outcomes: pd.DataFram
     assert (result["lift"].abs() < 1e-12).all()
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"local_correct": 1.0},
+        {"local_correct": 0.0, "cloud_correct": 0.0},
+        {"local_correct": 1.0, "cloud_correct": 0.0},
+        {"confidence": np.nan, "verification": np.nan},
+        {"confidence": 1.0, "verification": 1.0},
+        {"domain": pd.Categorical(["law"] * 400, ["law", "empty"])},
+    ],
+    ids=[
+        "one class",
+        "always wrong",
+        "cloud worse",
+        "nothing readable",
+        "ties, none routed",
+        "a domain empty",
+    ],
+)
+def test_degenerate_outcomes_have_no_unexplained_nan(outcomes: pd.DataFrame, change: dict[str, Any]) -> None:
+    odd = outcomes.assign(**change)
+    tables = [automix.comparison_table(odd, odd, [50.0], resamples=20)]
+    tables += [automix.refitted_table(odd, odd, resamples=10)]
+    for table in tables:
+        hollow = table.isna().any(axis=1)
+        assert (table.loc[hollow, "note"] != "").all()
+        assert not np.isinf(table.select_dtypes(float)).any().any()
+
+
 def test_an_empty_verification_is_one_that_could_not_be_read() -> None:
     outcomes = table([np.nan, 1.0], [0, 1], [1, 1])
     assert automix.shares(outcomes).tolist() == [0.0, 1.0]

@@ -49,6 +49,9 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "matched_curves": lambda o: plots.matched_curves(
         {"confidence": routing.share_curve(o, resamples=20)}, 0.2
     ),
+    "cost_curves": lambda o: plots.cost_curves(
+        {"confidence": routing.share_curve(o, resamples=20)}, {"confidence": 1}
+    ),
     "reliability": plots.reliability,
     "reliability graded": lambda o: plots.reliability(o, "graded_confidence", "graded"),
     "histogram": plots.confidence_histogram,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 
 import numpy as np
 import pandas as pd
@@ -271,11 +270,11 @@ def truth() -> dict[str, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("per_fact", [1, 3])
-def test_intervals_cover_the_truth_in_95_percent_of_data_sets(per_fact: int) -> None:
+@pytest.mark.parametrize(("per_fact", "agree"), [(1, 1.0), (3, 0.6)])
+def test_intervals_cover_the_truth_in_95_percent_of_data_sets(per_fact: int, agree: float) -> None:
     hits = {name: 0 for name in truth()}
     for seed in range(1000):
-        outcomes = make_outcomes(150 * per_fact, 2, seed, per_fact)
+        outcomes = make_outcomes(150 * per_fact, 2, seed, per_fact, agree=agree)
         tables = [
             f(outcomes, resamples=600, seed=seed).iloc[-1]
             for f in (routing.routing_table, stats.calibration_table)
@@ -283,16 +282,4 @@ def test_intervals_cover_the_truth_in_95_percent_of_data_sets(per_fact: int) -> 
         row = pd.concat([table.drop(["n", "facts", "domain", "note"]) for table in tables])
         for name, value in truth().items():
             hits[name] += row[f"{name}_low"] <= value <= row[f"{name}_high"]
-    ece = hits.pop("ece_bucket_debiased")
     assert all(930 <= count <= 970 for count in hits.values()), hits
-    assert 930 <= ece <= 995  # never below 0, so it is cautious with few questions
-
-
-@pytest.mark.slow
-def test_ten_thousand_resamples_of_twenty_metrics_take_under_20_seconds() -> None:
-    outcomes = make_outcomes(16_200 // 7 + 1, 7)
-    assert len(routing.METRICS) + len(stats.CALIBRATION) == 20
-    start = time.perf_counter()
-    routing.routing_table(outcomes, resamples=10_000)
-    stats.calibration_table(outcomes, resamples=10_000)
-    assert time.perf_counter() - start < 20

@@ -367,9 +367,14 @@ def comparison_table(
     table["forward_passes"] = np.where(one_pass, 1, 1 + k)
     answer, check = (float(outcomes[name].mean()) if name in outcomes else np.nan for name in _TOKENS)
     table["tokens"] = np.where(one_pass, answer, answer + check)
-    reasons = {"dibc": "dibc: the cloud is as good as the edge; ", "tokens": "tokens: not measured; "}
-    notes = [np.where(table[name].isna(), reason, "") for name, reason in reasons.items()]
-    return table.assign(note=["".join(one).removesuffix("; ") for one in zip(*notes, strict=True)])
+    return _explained(table)
+
+
+def _explained(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with a `note` that says why a cell is NaN."""
+    reasons = {"dibc": "the cloud is as good as the edge", "tokens": "not measured"}
+    found = [[name for name in reasons if name in row and pd.isna(row[name])] for _, row in table.iterrows()]
+    return table.assign(note=["; ".join(f"{name}: {reasons[name]}" for name in names) for names in found])
 
 
 def _unsure(outcomes: pd.DataFrame, tau: float) -> Mask:
@@ -432,4 +437,4 @@ def refitted_table(
         method, metric = str(name).split(":")
         ends = {metric: row["value"], f"{metric}_low": row["low"], f"{metric}_high": row["high"]}
         rows.setdefault(method, {"n": int(row["n"])}).update(ends)
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method").reset_index()
+    return _explained(pd.DataFrame.from_dict(rows, orient="index").rename_axis("method").reset_index())

@@ -140,13 +140,36 @@ def matched_curves(curves: Mapping[str, pd.DataFrame], mark: float | None = None
     return figure
 
 
-def _band(axes: Axes, curve: pd.DataFrame, name: str, colour: str, label: str, scale: float = 1) -> None:
-    """A line of `routing.share_curve` with its 95% band."""
+def cost_curves(
+    curves: Mapping[str, pd.DataFrame], verify: Mapping[str, float], small: float = 1, large: float = 50
+) -> Figure:
+    """System accuracy against cost a query, small + verify + share x large, for several routers, with 95% bands.
+
+    Each curve is a `routing.share_curve`; `verify` is what its score costs on every query.
+    """
+    figure, axes = _axes()
+    for (name, curve), colour in zip(curves.items(), COLOURS, strict=False):
+        cost = small + verify[name] + large * curve["share"]
+        _band(axes, curve, "sysacc", colour, f"{name} ($c_V$ = {verify[name]:g})", x=cost)
+    axes.plot(small + large * curve["share"], curve["random"], color=GREY, ls="--", label="random")
+    axes.set(xlabel=f"cost a query, at edge : cloud = {small:g} : {large:g}", ylabel="system accuracy (%)")
+    axes.set_title(f"Mean over domains, n = {curve['n'].iloc[0]:,}, 95% bands")
+    _percent(axes.yaxis)
+    axes.legend(loc="best")
+    return figure
+
+
+def _band(
+    axes: Axes, curve: pd.DataFrame, name: str, colour: str, label: str, scale: float = 1, x: Any = None
+) -> None:
+    """A line of `routing.share_curve` with its 95% band, against `x` or else the share."""
     low, high = scale * curve[f"{name}_low"], scale * curve[f"{name}_high"]
-    axes.fill_between(curve["share"], low, high, color=colour, alpha=0.17, lw=0)
-    axes.plot(curve["share"], scale * curve[name], color=colour, label=label)
-    axes.set(xlabel="share of questions sent to the cloud (%)", xlim=(-0.01, 1.01))
-    _percent(axes.xaxis)
+    at = curve["share"] if x is None else x
+    axes.fill_between(at, low, high, color=colour, alpha=0.17, lw=0)
+    axes.plot(at, scale * curve[name], color=colour, label=label)
+    if x is None:
+        axes.set(xlabel="share of questions sent to the cloud (%)", xlim=(-0.01, 1.01))
+        _percent(axes.xaxis)
 
 
 # ---- confidence
