@@ -192,6 +192,16 @@ def test_cluster_intervals_are_wider_than_naive_ones() -> None:
     assert width[0] > 1.6 * width[1]  # about sqrt(4)
 
 
+def test_intervals_centre_the_draws_and_keep_the_range() -> None:
+    draws = np.random.default_rng(0).normal(0.03, 0.01, (1, 4000, 1)).clip(0)
+    wide, narrow = (
+        stats.Bootstrap(("a",), ("m",), np.array([[0.02]]), draws, np.array([n])).interval()
+        for n in (10, 9999)
+    )
+    assert [float(end[0, 0]) for end in narrow] == pytest.approx([0.02 - 0.0196, 0.02 + 0.0196], abs=1e-3)
+    assert wide[0] == 0 and wide[1] > narrow[1]  # never below 0, as no draw is
+
+
 def test_matched_difference() -> None:
     outcomes = make_outcomes(400, rich=True).assign(
         noise=np.random.default_rng(1).random(1200), same=lambda f: f["confidence"] * 2 - 1
@@ -272,14 +282,17 @@ def truth() -> dict[str, float]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("per_fact", "agree"), [(1, 1.0), (3, 0.6)])
 def test_intervals_cover_the_truth_in_95_percent_of_data_sets(per_fact: int, agree: float) -> None:
-    hits = {name: 0 for name in truth()}
-    for seed in range(1000):
+    """93-97% of 2,000 data sets: so many, since a share of 1,000 strays by 1.4 points in one case of twenty."""
+    hits, names = np.zeros(len(truth())), (*routing.METRICS, *stats.CALIBRATION)
+
+    def statistic(frame: pd.DataFrame, weights: np.ndarray) -> np.ndarray:
+        return np.hstack([routing.routing_metrics(frame, weights), stats.calibration(frame, weights)])
+
+    for seed in range(2000):
         outcomes = make_outcomes(150 * per_fact, 2, seed, per_fact, agree=agree)
-        tables = [
-            f(outcomes, resamples=600, seed=seed).iloc[-1]
-            for f in (routing.routing_table, stats.calibration_table)
-        ]
-        row = pd.concat([table.drop(["n", "facts", "domain", "note"]) for table in tables])
-        for name, value in truth().items():
-            hits[name] += row[f"{name}_low"] <= value <= row[f"{name}_high"]
-    assert all(930 <= count <= 970 for count in hits.values()), hits
+        low, high = stats.bootstrap(outcomes, statistic, names, 600, seed).interval()
+        at = [names.index(name) for name in truth()]
+        hits += (low[-1, at] <= [*truth().values()]) & ([*truth().values()] <= high[-1, at])
+    coverage = dict(zip(truth(), hits / 2000, strict=True))
+    print(coverage)
+    assert all(0.93 <= share <= 0.97 for share in coverage.values()), coverage

@@ -107,7 +107,7 @@ def read_outcomes(path: Path | str) -> pd.DataFrame:
     """Read and check outcomes from a .csv, .jsonl or .parquet file; raises `OutcomesError`."""
     path = Path(path)
     if path.suffix not in READERS or not path.is_file():
-        raise OutcomesError(f"{path}: no such file; expected outcomes as .csv, .jsonl or .parquet")
+        raise OutcomesError(f"{path}: no such file, or of another kind; expected .csv, .jsonl or .parquet")
     try:
         frame = READERS[path.suffix](path)
     except ValueError as error:  # every reader's own error is one
@@ -411,7 +411,7 @@ def baselines_table(
     outcomes: pd.DataFrame,
     train: pd.DataFrame | None = None,
     tau: float = 0.5,
-    resamples: int = 2000,
+    resamples: int = 10_000,
     seed: int = 0,
     routers: dict[str, Baseline] | None = None,
 ) -> pd.DataFrame:

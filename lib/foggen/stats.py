@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_array
 from scipy.special import ndtr
 from scipy.stats import binomtest
+from scipy.stats import t as student
 
 from foggen.prompts import BUCKETS
 
@@ -59,33 +60,51 @@ def draw_counts(codes: Codes, resamples: int, rng: np.random.Generator) -> Array
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Point estimates (rows, metrics) and draws (rows, resamples, metrics); rows are the domains, then their mean."""
+    """Point estimates (rows, metrics) and draws (rows, resamples, metrics); rows are the domains, then their mean.
+
+    `units` (rows,) is how many facts or questions were resampled, for the mean how many a domain.
+    """
 
     rows: tuple[str, ...]
     metrics: tuple[str, ...]
     point: Array
     draws: Array
+    units: Array
 
     def part(self, start: int, stop: int) -> Bootstrap:
         """Some of the metrics."""
         part = slice(start, stop)
-        return Bootstrap(self.rows, self.metrics[part], self.point[:, part], self.draws[..., part])
+        return Bootstrap(
+            self.rows, self.metrics[part], self.point[:, part], self.draws[..., part], self.units
+        )
 
     def interval(self, level: float = 0.95) -> tuple[Array, Array]:
-        """Percentile interval, each (rows, metrics).
+        """Percentile interval, each (rows, metrics), widened for few units and moved to centre the draws on the point.
 
-        Percentile, not BCa: in simulations with 150 and 2,000 questions both cover 92-97% for accuracies, lifts and
-        ranking measures, and 91-98% against 86% for the debiased ECE, near perfect calibration the hardest case.
-        Plain ECE and reliability are biased upwards, and no bootstrap interval mends that: read the debiased ECE.
+        The widening is Hesterberg's (2015): a t quantile, and n / (n - 1) for the variance. The move matters for the
+        debiased ECE, whose draws lie too high. Not BCa: it covers accuracies, lifts and AUROC as well (93-96%), the
+        debiased ECE worse (86-93%). Below its own noise the debiased ECE stays too high in every domain, and their
+        mean with it: near perfect calibration no interval here covers. Plain ECE and reliability are biased upwards.
         """
-        tail = (1 - level) / 2
+        n = np.maximum(self.units, 2)
+        tails = ndtr(np.sqrt(n / (n - 1)) * student.ppf((1 - level) / 2, n - 1))
         with warnings.catch_warnings():  # an undefined metric has no draws; the table's note explains it
             warnings.simplefilter("ignore", RuntimeWarning)
-            low, high = np.nanquantile(self.draws, [tail, 1 - tail], axis=1)
-        return low, high
+            ends = [
+                np.nanquantile(row, [q, 0.5, 1 - q], axis=0) for row, q in zip(self.draws, tails, strict=True)
+            ]
+            # The move must not leave the range: what is never negative stays so, and what is never above 1.
+            least = np.minimum(np.nanmin(self.draws, axis=1), 0)
+            most = np.maximum(np.nanmax(self.draws, axis=1), 1)
+        low, middle, high = np.swapaxes(ends, 0, 1)
+        move = self.point - middle
+        return np.maximum(low + move, least), np.minimum(high + move, most)
 
     def p_values(self) -> Array:
-        """Two-sided bootstrap p (rows, metrics) that the metric is 0: twice the smaller share of draws beyond 0."""
+        """Two-sided bootstrap p (rows, metrics) that the metric is 0: twice the smaller share of draws beyond 0.
+
+        Never below 2 / (1 + resamples): to correct over m comparisons, take far more than 2 m / alpha resamples.
+        """
         below, above = (self.draws <= _NOISE).sum(axis=1), (self.draws >= -_NOISE).sum(axis=1)
         p: Array = np.minimum(1.0, 2 * (1 + np.minimum(below, above)) / (1 + self.draws.shape[1]))
         return p
@@ -113,17 +132,19 @@ def bootstrap(
     """
     domain = outcomes["domain"]
     names = domain.cat.categories if isinstance(domain.dtype, pd.CategoricalDtype) else domain.unique()
-    point = np.full((len(names), len(metrics)), np.nan)
+    point, units = np.full((len(names), len(metrics)), np.nan), np.zeros(len(names))
     draws = np.full((len(names), resamples, len(metrics)), np.nan)
     for d, name in enumerate(names):
         frame = outcomes[domain == name].reset_index(drop=True)
         if len(frame):
             codes, rng = clusters(frame), np.random.default_rng([seed, d])
+            units[d] = codes.max() + 1
             point[d] = statistic(frame, np.ones((1, len(frame))))[0]
             for start in range(0, resamples, _CHUNK):
                 size = min(_CHUNK, resamples - start)
                 draws[d, start : start + size] = statistic(frame, draw_counts(codes, size, rng))
-    return Bootstrap((*map(str, names), MEAN), tuple(metrics), _with_mean(point), _with_mean(draws))
+    units = np.append(units, units.sum() / max((units > 0).sum(), 1))
+    return Bootstrap((*map(str, names), MEAN), tuple(metrics), _with_mean(point), _with_mean(draws), units)
 
 
 def _with_mean(values: Array) -> Array:
