@@ -98,7 +98,7 @@ class Source(Part):
     )
     domain: str | None = Field(None, description="of all rows; null: each row names its own")
     columns: Columns = Columns()
-    rows: PositiveInt | None = Field(None, description="at most so many, at random")
+    rows: PositiveInt | None = Field(None, description="at most so many of a split or file, at random")
     licence: str = ""
 
 

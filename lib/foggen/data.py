@@ -115,6 +115,13 @@ def _roles(source: Source, groups: dict[str, list[Question]]) -> dict[str, list[
     return own
 
 
+def _few(questions: list[Question], n: int | None) -> list[Question]:
+    """At most `n` at random, in the order given."""
+    if n is None or n >= len(questions):
+        return questions
+    return [questions[index] for index in sorted(random.Random(0).sample(range(len(questions)), n))]
+
+
 def load_source(source: Source) -> dict[str, list[Question]]:
     """The questions of one source, by the names of its splits (a local one: of its files).
 
@@ -122,23 +129,18 @@ def load_source(source: Source) -> dict[str, list[Question]]:
     than a tenth (fewer are left out, and counted on stderr). Raises HubError where the hub does not give it.
     """
     if is_local(source.path):
-        files = question_files(_resolve(source.path))
-        loaded = {file.stem: load_questions(file, source.columns, source.domain) for file in files}
-        size = sum(map(len, loaded.values()))
-        if source.rows and source.rows < size:
-            kept = {
-                id(one)
-                for one in random.Random(0).sample([q for g in loaded.values() for q in g], source.rows)
-            }
-            loaded = {name: [one for one in group if id(one) in kept] for name, group in loaded.items()}
-        return loaded
+        groups = {
+            file.stem: load_questions(file, source.columns, source.domain)
+            for file in question_files(_resolve(source.path))
+        }
+        return {name: _few(group, source.rows) for name, group in groups.items()}
     from datasets import ClassLabel, load_dataset
 
     with explained(source.path, "dataset", source.revision):
         found = load_dataset(
             source.path, source.name, split=source.split, revision=source.revision, token=token()
         )
-    groups: dict[str, list[Question]] = {}
+    groups = {}
     for split, table in ({source.split: found} if source.split else found).items():
         if source.rows and source.rows < len(table):
             table = table.shuffle(seed=0).select(range(source.rows))

@@ -210,8 +210,8 @@ def tables(settings: Settings) -> Iterator[Table | str]:
     yield (
         f"Time = parameters x tokens x ({TRAIN:.0f} trained, {READ:.1f} read, {WRITE:.0f} written) / "
         f"{speed / 1e12:.2f} TFLOP/s: a matrix product timed on this machine ({device}), of which training and "
-        "reading are assumed to reach 30%, writing 2%; overheads, which dominate in small models, are not counted. Prompts "
-        f"have {prompt:.0f} tokens (counted, or {PROMPT} assumed), answers {ANSWER} (assumed)."
+        "reading are assumed to reach 30%, writing 2%; overheads, which dominate in small models, are not counted. "
+        f"Prompts have {prompt:.0f} tokens (counted, or {PROMPT} assumed), answers {ANSWER} (assumed)."
     )
     if edge:
         memory = training_memory(settings, edge, prompt + ANSWER) / 2**30

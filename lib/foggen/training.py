@@ -161,17 +161,20 @@ def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> int | list[int]:
 
 def card(settings: Settings, base: str, record: Mapping[str, Any]) -> str:
     """The model card of a checkpoint: where it comes from and what it was trained on."""
-    head = {"library_name": "transformers", "base_model": settings.edge.model, "tags": ["foggen", "lora"]}
-    lines = [f"{name}: {value}" for name, value in head.items()]
-    trained = ", ".join(f"{name} {value}" for name, value in record.items())
-    return (
-        "---\n" + "\n".join(lines).replace("'", "") + f"\n---\n# FogGen, profile `{settings.name}`\n\n"
-        "Says how sure it is before it answers: `Confidence: <0.0|0.25|0.5|0.75|1.0>`, then `Final answer: <letter>`.\n"
-        f"LoRA (r {settings.lora.r}, alpha {settings.lora.alpha}, {settings.lora.targets}) on `{base}`, learning rate "
-        f"{settings.sft.learning_rate:g}, {settings.sft.epochs:g} epochs: {trained}.\n\n"
-        "Labels come from the model's own samples; the confidence is meant for routing to a stronger model, and holds "
-        "for questions like those it was trained on. Made with the FogGen reproducibility repository.\n"
-    )
+    return f"""---
+library_name: transformers
+base_model: {settings.edge.model}
+tags: [foggen, lora]
+---
+# FogGen, profile `{settings.name}`
+
+Says how sure it is before it answers: `Confidence: <0.0|0.25|0.5|0.75|1.0>`, then `Final answer: <letter>`.
+LoRA (r {settings.lora.r}, alpha {settings.lora.alpha}, {settings.lora.targets}) on `{base}`, learning rate
+{settings.sft.learning_rate:g}, {settings.sft.epochs:g} epochs: {", ".join(f"{k} {v}" for k, v in record.items())}.
+
+The labels come from the model's own samples. Its confidence is meant for routing to a stronger model, and holds for
+questions like those it was trained on. Made with the FogGen reproducibility repository.
+"""
 
 
 def sft_config(settings: Settings, scratch: str, seed: int, bf16: bool) -> Any:
@@ -279,16 +282,11 @@ def train_elsewhere(
         }
         file = write_json(Path(scratch) / "job.json", job)
         count = settings.sft.processes
-        launch = [
-            "accelerate.commands.launch",
-            "--multi_gpu",
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-        ]
-        launch += ["--dynamo_backend", "no", "--num_processes", str(count), "-m"]
-        command = [sys.executable, "-m", *(launch if count > 1 else []), "foggen.training", str(file)]
+        launch = (
+            "accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no"
+        )
+        launch += f" --main_process_port 0 --num_processes {count} -m"
+        command = [sys.executable, "-m", *(launch.split() if count > 1 else []), "foggen.training", str(file)]
         path = os.pathsep.join(filter(None, [str(ROOT / "lib"), os.environ.get("PYTHONPATH")]))
         last: deque[str] = deque(maxlen=30)
         with subprocess.Popen(
