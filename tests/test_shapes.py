@@ -41,6 +41,15 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
     "columns a to d": [
         {"question": q, **dict(zip("abcd", o, strict=True)), "answer_label": L[g]} for q, o, g in ROWS
     ],
+    "an answer in words beside the answer's label": [
+        {
+            "question": q,
+            "answer": f"It is {o[g]}, as everybody knows.",
+            **dict(zip("abcd", o, strict=True)),
+            "answer_label": L[g],
+        }
+        for q, o, g in ROWS
+    ],
     "columns Option A to Option E": [
         {
             "Question": q,

@@ -279,14 +279,28 @@ def reading(rows: Sequence[Row], columns: Columns, sample: int = 5000) -> Answer
     return rivals[0]
 
 
+def settle(rows: Sequence[Row], given: Columns) -> tuple[Columns, AnswerIs]:
+    """The columns, and what the answers are: of several possible answer columns the first that can be read."""
+    columns = recognise(rows, given)
+    known = {name.casefold(): name for row in rows[:1000] for name in row}
+    usual = [known[name] for name in NAMES["answer"] if name in known and known[name] != columns.answer]
+    errors = []
+    for name in [columns.answer, *([] if given.answer else usual)]:
+        candidate = columns.model_copy(update={"answer": name})
+        try:
+            return candidate, reading(rows, candidate)
+        except ShapeError as error:
+            errors.append(error)
+    raise errors[0]
+
+
 def canonical(rows: Sequence[Row], given: Columns, domain: str | None = None) -> Iterable[dict[str, Any]]:
     """Rows in the fields of a `Question`; what a row lacks is missing or wrong there too, for validation to tell.
 
     A fact, difficulty, language and split are kept where they are given. Domains become lower-case names with
     underscores; `domain` stands for all rows.
     """
-    columns = recognise(rows, given)
-    holds = reading(rows, columns)
+    columns, holds = settle(rows, given)
     for row in rows:
         question, options, labels = asked(row, columns)
         answer = read(row, columns.answer or "")
