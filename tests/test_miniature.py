@@ -18,7 +18,7 @@ from foggen.outcomes import Examination, OpenExamination
 from foggen.questions import TASKS
 from foggen.rounds import Loan, edge_engine, run_chain, run_r15
 from foggen.routing import check_outcomes, routing_table
-from foggen.store import Store, read_jsonl
+from foggen.store import Store, read_json, read_jsonl
 
 PROFILES = {"qwen3": "paper", "gemma3": "paper-gemma3-1b"}
 
@@ -103,6 +103,22 @@ def run_paper(folder: Path, family: str, rounds: int) -> None:
 @pytest.mark.parametrize("family", PROFILES)
 def test_fourteen_rounds_r15_and_the_evaluation(family: str, tmp_path: Path) -> None:
     run_paper(tmp_path, family, rounds=14)
+
+
+def test_format_install_by_a_larger_sibling(tmp_path: Path) -> None:
+    """An edge model without a chat template: the sibling labels the buffer, and its template is taken over."""
+    settings = miniature(tmp_path, "gemma3", 1)
+    edge = make_model(tmp_path / "base", 3, "gemma3", hidden=32)
+    (edge / "chat_template.jinja").unlink()
+    install = {"labels_from": settings.edge.model}
+    settings = override(settings, {"edge.model": str(edge), "edge.format_install": install})
+    parts = data.splits(settings)
+    chain = run_chain(settings, Store(tmp_path / "run"), parts["train"], parts["dev"])
+    assert [result.number for result in chain] == [0, 1] and chain[0].training["rows"] == 14
+    assert all((result.model / "chat_template.jinja").exists() for result in chain)
+    assert read_json(chain[1].model / "config.json")["hidden_size"] == 32
+    ends = read_json(chain[1].model / "generation_config.json")["eos_token_id"]
+    assert len(ends) == 2, "the end of a turn ends an answer, beside the base model's own end of text"
 
 
 def test_released_checkpoints_are_evaluated_without_training(tmp_path: Path, monkeypatch: Any) -> None:

@@ -88,7 +88,7 @@ def make_tokenizer(family: str = "qwen3") -> Any:
     return tokenizer
 
 
-def make_model(folder: Path, seed: int = 0, family: str = "qwen3") -> Path:
+def make_model(folder: Path, seed: int = 0, family: str = "qwen3", hidden: int = 64) -> Path:
     """A random Qwen3 or Gemma 3 of two layers, saved with its tokenizer."""
     import torch
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen3Config, Qwen3ForCausalLM
@@ -97,7 +97,7 @@ def make_model(folder: Path, seed: int = 0, family: str = "qwen3") -> Path:
     torch.manual_seed(seed)
     sizes = {
         "vocab_size": len(tokenizer),
-        "hidden_size": 64,
+        "hidden_size": hidden,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,

@@ -101,6 +101,16 @@ def calibration_questions(train: Sequence[Question], settings: Settings) -> list
     return draw_balanced(train, settings.calibration_rows, settings.domains, seed)
 
 
+def buffer_model(settings: Settings) -> Path:
+    """The model that labels R0's buffer: the edge model, or the sibling that installs the format."""
+    install, edge = settings.edge.format_install, settings.edge
+    return (
+        model_folder(install.labels_from, install.revision)
+        if install
+        else model_folder(edge.model, edge.revision)
+    )
+
+
 def replay(buffer: Sequence[SftRow], n: int, seed: int) -> list[SftRow]:
     """`n` rows of the buffer at random, without repetition; all of it where it has fewer."""
     return random.Random(seed).sample(list(buffer), min(n, len(buffer)))
@@ -186,12 +196,13 @@ class Chain:
         asked = calibration_questions(self.train, settings)
         model = model_folder(settings.edge.model, settings.edge.revision)
         install = settings.edge.format_install
-        teacher = model_folder(install.labels_from, install.revision) if install else model
+        teacher = buffer_model(settings)
         rows = self.label("r00", teacher, asked)
         buffer = cast(list[SftRow], read_jsonl(rows))
         overall = [row["confidence"] for row in buffer]
         trained: dict[str, Any] = {}
         if install:
+            self.loan.close()  # the sibling's engine cannot take another architecture's weights
             model, trained = self.sft("r00", model, buffer, template=teacher)
         yield self.round(0, None, model, rows, trained)
         used = {question.id for question in asked}
