@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, product
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -304,12 +304,9 @@ def worth(outcomes: pd.DataFrame, masks: Sequence[Mask], resamples: int = 0, see
     routed = np.array(masks, dtype=float).T
 
     def statistic(part: pd.DataFrame, weights: stats.Array) -> stats.Array:
-        mask, local = routed[part["_row"]], part["local_correct"].to_numpy(float)
-        gap = part["cloud_correct"].to_numpy(float) - local
-        means = stats.ratio(
-            weights @ np.column_stack([local, gap, mask * gap[:, None], mask]),
-            weights.sum(axis=1, keepdims=True),
-        )
+        mask, (local, cloud) = routed[part["_row"]], stats.correctness(part)
+        gap = cloud - local
+        means = stats.means(weights, np.column_stack([local, gap, mask * gap[:, None], mask]))
         gain, rho = np.split(means[:, 2:], 2, axis=1)
         return np.concatenate([means, gain - rho * means[:, 1:2]], axis=1)
 
@@ -411,30 +408,19 @@ def refitted_table(
     pays no c_V.
     """
 
-    def evaluate(policies: list[Policy], frame: pd.DataFrame) -> dict[str, float]:
+    def evaluate(policies: list[Policy], frame: pd.DataFrame) -> pd.DataFrame:
         v = shares(frame)
-        values = worth(frame, [_unsure(frame, tau), *(policy.route(v) for policy in policies)])
-        found: dict[str, float] = {}
-        for place, name in enumerate(("FogGen", *methods)):
-            own = Costs(costs.small, costs.large, costs.verify if place else 0.0)
-            row = _price(values.small, values.gap, values.gain[:, place], values.rho[:, place], own)
-            lead, lift = values.lift[0, 0], values.lift[0, place]
-            found |= {
-                f"{name}:accuracy": row.accuracy[0],
-                f"{name}:routed": row.routed[0],
-                f"{name}:lift": lift,
-            }
-            found |= {f"{name}:dibc": row.dibc[0], f"{name}:difference": lead - lift}
-        return found
+        one = worth(frame, [_unsure(frame, tau), *(policy.route(v) for policy in policies)])
+        each = zip(
+            one.gain[0], one.rho[0], [replace(costs, verify=0.0)] + [costs] * len(policies), strict=True
+        )
+        prices = [_price(one.small[0], one.gap[0], gain, rho, own) for gain, rho, own in each]
+        table = pd.DataFrame(prices, ["FogGen", *methods])[["accuracy", "routed", "dibc"]]
+        return table.assign(lift=one.lift[0], difference=one.lift[0, 0] - one.lift[0])
 
     names = ["id", "domain", "fact", "local_correct", "cloud_correct", "confidence", "verification"]
     dev, test = (frame[[name for name in names if name in frame]] for frame in (fit_outcomes, outcomes))
     result = stats.nested_bootstrap(
         dev, test, lambda frame: [fit(method, frame, costs) for method in methods], evaluate, resamples, seed
     )
-    rows: dict[str, dict[str, float]] = {}
-    for name, row in result.iterrows():
-        method, metric = str(name).split(":")
-        ends = {metric: row["value"], f"{metric}_low": row["low"], f"{metric}_high": row["high"]}
-        rows.setdefault(method, {"n": int(row["n"])}).update(ends)
-    return _explained(pd.DataFrame.from_dict(rows, orient="index").rename_axis("method").reset_index())
+    return _explained(result.rename_axis("method").reset_index())

@@ -461,32 +461,36 @@ def holm(p: ArrayLike) -> Array:
     return adjusted
 
 
-def resampler(outcomes: pd.DataFrame) -> Callable[[np.random.Generator], pd.DataFrame]:
-    """Draws bootstrap copies of the table: whole facts, within each domain."""
-    places = outcomes.groupby("domain", sort=False, observed=True).indices.values()
-    strata = [(rows, clusters(outcomes.iloc[rows])) for rows in places]
-
-    def draw(rng: np.random.Generator) -> pd.DataFrame:
-        copies = [rows.repeat(draw_counts(codes, 1, rng)[0].astype(int)) for rows, codes in strata]
-        return outcomes.iloc[np.concatenate(copies)]
-
-    return draw
-
-
 def nested_bootstrap(
     dev: pd.DataFrame,
     test: pd.DataFrame,
     fit: Callable[[pd.DataFrame], Policy],
-    evaluate: Callable[[Policy, pd.DataFrame], Mapping[str, float]],
+    evaluate: Callable[[Policy, pd.DataFrame], pd.DataFrame],
     resamples: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Intervals that contain the noise of choosing: a resample refits on a copy of `dev`, evaluates on one of `test`.
 
-    One row a metric: value (fitted on dev as it is), low, high (95%) and n (test questions).
+    What `evaluate` gives for `fit(dev)` on `test`, with `_low` and `_high` (95%) beside each column, and n questions.
+    Copies are of whole facts, within each domain.
     """
     rng = np.random.default_rng(seed)
-    value, from_dev, from_test = evaluate(fit(dev), test), resampler(dev), resampler(test)
-    draws = pd.DataFrame([evaluate(fit(from_dev(rng)), from_test(rng)) for _ in range(resamples)])
-    low, high = draws.quantile(0.025), draws.quantile(0.975)
-    return pd.DataFrame({"value": pd.Series(value), "low": low, "high": high, "n": test["id"].nunique()})
+
+    def copies(outcomes: pd.DataFrame) -> Callable[[], pd.DataFrame]:
+        places = outcomes.groupby("domain", sort=False, observed=True).indices.values()
+        strata = [(rows, clusters(outcomes.iloc[rows])) for rows in places]
+
+        def draw() -> pd.DataFrame:
+            parts = [rows.repeat(draw_counts(codes, 1, rng)[0].astype(int)) for rows, codes in strata]
+            return outcomes.iloc[np.concatenate(parts)]
+
+        return draw
+
+    value, from_dev, from_test = evaluate(fit(dev), test), copies(dev), copies(test)
+    draws = [evaluate(fit(from_dev()), from_test()).to_numpy(float).ravel() for _ in range(resamples)]
+    ends = pd.DataFrame(draws).quantile([0.025, 0.975]).to_numpy()  # passes over undefined resamples
+    low, high = (pd.DataFrame(end.reshape(value.shape), value.index, value.columns) for end in ends)
+    table = value.join(low.add_suffix("_low")).join(high.add_suffix("_high"))
+    table = table[[f"{name}{end}" for name in value for end in ("", "_low", "_high")]]
+    table.insert(0, "n", test["id"].nunique())
+    return table
