@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from foggen import outcomes, rounds, routing, stats
+from foggen import outcomes, rounds, routing, stats, training
 from foggen.config import Settings, override
 from foggen.engines import Completion, Sampling
 from foggen.outcomes import Examination, OpenExamination
@@ -99,13 +99,15 @@ def test_the_branch_round_replays_the_whole_buffer_and_drops_unsolved_problems(
 ) -> None:
     trained: list[list[dict[str, Any]]] = []
 
-    def note(model: Path, rows: Any, settings: Settings, out: Path, seed: int) -> dict[str, Any]:
+    def note(
+        model: Path, rows: Any, settings: Settings, out: Path, seed: int, template: Any
+    ) -> dict[str, Any]:
         trained.append(list(rows))
         out.mkdir()
         (out / "weights").write_text(str(len(trained)))
         return {"rows": len(rows)}
 
-    monkeypatch.setattr(rounds, "sft", note)
+    monkeypatch.setattr(training, "train", note)
     settings = override(small, {"r15.squad": 3, "r15.gsm8k": 4, "r15.replay": 99} | {"rounds": 1})
     store, loan = Store(tmp_path / "run"), Loan(lambda _: engine)
     chain = run_chain(settings, store, questions, questions, lambda _: engine)
