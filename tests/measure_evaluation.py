@@ -43,7 +43,8 @@ def main() -> None:
         ]  # fmt: skip
     about = (
         f"{len(outcomes):,} questions in 7 domains, made up by `tests/outcomes_factory.py`; {os.cpu_count()} cores, "
-        f"{platform.machine()}, Python {platform.python_version()}. Written by `.venv/bin/python tests/measure_evaluation.py`."
+        f"{platform.machine()}, Python {platform.python_version()}. Written by "
+        "`.venv/bin/python tests/measure_evaluation.py`."
     )
     write_text(TARGET, f"# Speed of the evaluation\n\n{about}\n\n{report.markdown(pd.DataFrame(rows))}")
 
