@@ -1,4 +1,4 @@
-"""Runs any `AutoModelForCausalLM` on a CPU or GPU: shared prefixes once, big batches, n samples a prefill."""
+"""Runs any `AutoModelForCausalLM` with full attention on a CPU or GPU: what prompts and samples share is run once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as bars
 
 from foggen.engines.base import Completion, EngineError, Sampling, cut_at_stop
-from foggen.engines.tree import State, attention, new_state, tree_problem, window
+from foggen.engines.tree import Level, Tree, attention, tree_problem, window
 from foggen.prompts import Messages, encode_chat, plain_ids
 
 log = logging.getLogger(__name__)
@@ -57,12 +57,8 @@ class TransformersEngine:
         self.device: torch.device = model.device
         self.token_budget = token_budget or BUDGET.get(self.device.type, 65536)
         self.end_ids = _end_ids(model, tokenizer)
-        problem = tree_problem(model)
-        self.longest = (
-            0 if problem else window(model)
-        )  # tokens up to which beginnings are shared without copies
-        if problem:
-            log.info("%s: shared beginnings are copied, since %s", self.name, problem)
+        if problem := tree_problem(model):
+            raise EngineError(f"{self.name}: not for engine transformers ({problem}); use engine: vllm")
 
     @classmethod
     def load(
@@ -72,52 +68,48 @@ class TransformersEngine:
         where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
         with no_bars():
             model = AutoModelForCausalLM.from_pretrained(path, dtype=pick_dtype(dtype, where))
-        return cls(
-            model.to(where),  # type: ignore[arg-type]
-            AutoTokenizer.from_pretrained(path),
-            str(path),
-            **options,
-        )
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        return cls(model.to(where), tokenizer, str(path), **options)  # type: ignore[arg-type]
 
     def generate(self, prompts: Sequence[Messages], sampling: Sampling) -> list[list[Completion]]:
         """As in `Engine`. A prompt's samples depend on the seed and on itself, not on its neighbours."""
-        prefix, rest = split_prefix([encode_chat(self.tokenizer, messages) for messages in prompts])
-        tree = self._fits(prefix, rest, sampling.max_tokens)
-        noise = sample_noise(prefix, rest, sampling) if sampling.temperature > 0 else None
+        n, tokens = sampling.n, sampling.max_tokens
+        noise: torch.Tensor | None = None
         results: list[list[Completion]] = [[] for _ in prompts]
-        with attention(self.model, tree):
-            root = self._root(prefix, tree)
-            few = 8 + sampling.max_tokens // 16  # texts are short, as a rule, and end together
-            for batch in self._batches(rest, tree, sampling.n * few, sampling.n * sampling.max_tokens):
-                uniform = (
-                    None if noise is None else torch.from_numpy(noise[batch]).flatten(0, 1).to(self.device)
-                )
-                rows = self._continue(root, [rest[i] for i in batch], sampling, uniform)
-                texts = [self._completion(row, sampling) for row in rows]
+        with attention(self.model):
+            prefix, rows = self._encode(prompts, tokens)
+            root = self._root(prefix)
+            if sampling.temperature > 0:
+                noise = torch.from_numpy(sample_noise(prefix, rows, sampling))
+            few = 8 + tokens // 16  # texts are short, as a rule, and end together
+            for batch in self._batches(rows, n * few, n * tokens):
+                uniform = None if noise is None else noise[batch].flatten(0, 1).to(self.device)
+                texts = self._continue(root, [rows[i] for i in batch], sampling, uniform)
                 for place, index in enumerate(batch):
-                    results[index] = texts[place * sampling.n : (place + 1) * sampling.n]
+                    own = texts[place * n : (place + 1) * n]
+                    results[index] = [self._completion(ids, sampling) for ids in own]
         return results
 
     def score(
         self, prompts: Sequence[Messages], continuations: Sequence[Sequence[str]], temperature: float = 1.0
     ) -> list[list[float]]:
-        """As in `Engine`. One prefill a prompt; continuations with a common beginning share its computation."""
-        ids = {text: plain_ids(self.tokenizer, text) for texts in continuations for text in texts}
+        """As in `Engine`. A prompt and all its continuations, as a trie, are one row of one pass."""
+        ids = {
+            text: plain_ids(self.tokenizer, text) for text in {t for texts in continuations for t in texts}
+        }
         if not all(ids.values()):
             raise EngineError("score: a continuation is empty; expected at least one token")
-        ends = [[ids[text] for text in texts] for texts in continuations]
-        stems = [_stems(texts) for texts in ends]
-        prefix, rest = split_prefix([encode_chat(self.tokenizer, messages) for messages in prompts])
+        known = {texts: Trie.of([ids[text] for text in texts]) for texts in set(map(tuple, continuations))}
+        tries = [known[tuple(texts)] for texts in continuations]
+        most = max((len(trie.tokens) for trie in tries), default=0)
+        limit = LOGITS // ((most + 1) * self.model.config.get_text_config().vocab_size)
         results: list[list[float]] = [[] for _ in prompts]
-        most = max(map(len, stems), default=0)
-        width = max((len(stem) for own in stems for stem in own), default=0)
-        rows = LOGITS // max(1, most * width * self.model.config.get_text_config().vocab_size)
-        tree = self._fits(prefix, rest, width)
-        with attention(self.model, tree):
-            root = self._root(prefix, tree)
-            for batch in self._batches(rest, tree, most * width, most * width, max(rows, 1)):
-                some = [rest[i] for i in batch], [ends[i] for i in batch], [stems[i] for i in batch]
-                for index, row in zip(batch, self._score(root, *some, temperature), strict=True):
+        with attention(self.model):
+            prefix, rows = self._encode(prompts, most)
+            root = self._root(prefix)
+            for batch in self._batches(rows, most, most, max(1, limit)):
+                scores = self._score(root, [rows[i] for i in batch], [tries[i] for i in batch], temperature)
+                for index, row in zip(batch, scores, strict=True):
                     results[index] = row
         return results
 
@@ -135,67 +127,61 @@ class TransformersEngine:
         """Frees the weights."""
         del self.model
 
-    def _fits(self, prefix: Ids, rows: list[Ids], more: int) -> bool:
-        """Whether all attention is full: beyond a sliding window it is not, and caches have to be copied."""
-        return len(prefix) + max(map(len, rows), default=0) + more <= self.longest
+    def _encode(self, prompts: Sequence[Messages], more: int) -> tuple[Ids, list[Ids]]:
+        """The prompts' common beginning, and what follows it, if with `more` tokens all attention is still full."""
+        prefix, rows = split_prefix([encode_chat(self.tokenizer, messages) for messages in prompts])
+        longest = len(prefix) + max(map(len, rows), default=0) + more
+        if longest > window(self.model):
+            raise EngineError(
+                f"{longest} tokens are beyond the sliding window of {self.name}; use engine: vllm"
+            )
+        return prefix, rows
 
-    def _root(self, prefix: Ids, tree: bool) -> State:
+    def _root(self, prefix: Ids) -> Level | None:
         """The common prefix, computed once."""
-        root = new_state(self.model, tree)
-        if prefix:
-            root.extend(self._tensor([prefix]))
-        return root
+        if not prefix:
+            return None
+        tree = Tree(self.model)
+        tree.extend(self._tensor([prefix]), self._tensor(np.tri(len(prefix), dtype=bool))[None])
+        return tree.level()
 
-    def _prefill(self, root: State, rows: list[Ids]) -> tuple[State, torch.Tensor]:
-        """The state after each row, and its logits [rows, vocabulary]; pads on the left."""
+    def _padded(self, rows: list[Ids]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids [rows, width] with pads on the left, and what each token sees [rows or 1, width, width]."""
         width = max(map(len, rows))
-        state = root.fork(len(rows))
         ids = self._tensor([[0] * (width - len(row)) + row for row in rows])
-        padded = any(len(row) < width for row in rows)
-        real = self._tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]) if padded else None
-        return state, state.extend(ids, real)[:, -1]
+        places = torch.arange(width, device=self.device)
+        seen = (places[:, None] >= places)[None]
+        if any(len(row) < width for row in rows):
+            seen = seen & (places >= self._tensor([width - len(row) for row in rows])[:, None])[:, None]
+        return ids, seen
 
     def _continue(
-        self, root: State, rows: list[Ids], sampling: Sampling, uniform: torch.Tensor | None
+        self, root: Level | None, rows: list[Ids], sampling: Sampling, uniform: torch.Tensor | None
     ) -> list[Ids]:
-        """Generated ids of `n` continuations of each row, in row order; the end token is kept."""
-        state, logits = self._prefill(root, rows)
-        n, width = (
-            sampling.n,
-            sampling.n,
-        )  # texts picked from one row of logits: n at first, then each has its own
-        done: list[Ids] = [[] for _ in range(len(rows) * n)]
-        alive = torch.arange(len(done), device=self.device)
+        """Generated ids of `n` texts of each row, in row order, with the end token; equal beginnings are run once."""
+        tree = Tree(self.model, root, len(rows))
+        logits = tree.extend(*self._padded(rows))[:, -1]
+        tree.fork()
+        done: list[Ids] = [[] for _ in range(len(rows) * sampling.n)]
+        alive = list(range(len(done)))
+        branch = torch.arange(len(rows), device=self.device).repeat_interleave(sampling.n)
         for step in range(sampling.max_tokens):
-            drawn = None if uniform is None else uniform[alive, step].view(-1, width)
-            token = pick_tokens(logits, sampling.temperature, drawn, width).flatten()
-            going = self._append(done, alive.tolist(), token.tolist(), sampling)
-            if not any(going) or step + 1 == sampling.max_tokens:
+            drawn = None if uniform is None else uniform[alive, step]
+            token = pick_tokens(logits, branch, sampling.temperature, drawn)
+            for index, new in zip(alive, token.tolist(), strict=True):
+                done[index].append(new)
+            going = [place for place, index in enumerate(alive) if not self._ended(done[index], sampling)]
+            if not going or step + 1 == sampling.max_tokens:
                 break
-            if step == 0:
-                state, width = state.fork(n), 1
-            groups = self._tensor(going).view(-1, n).any(1)
-            if not groups.all():
-                rest = state.keep(groups.nonzero()[:, 0])
-                alive, token = alive[rest], token[rest]
-            logits = state.extend(token[:, None])[:, -1]
+            alive = [alive[place] for place in going]
+            size = logits.shape[-1]
+            nodes, branch = torch.unique(branch[going] * size + token[going], return_inverse=True)
+            tree.select(nodes // size)
+            logits = tree.extend(nodes[:, None] % size)[:, -1]
         return done
 
-    def _append(self, done: list[Ids], alive: list[int], tokens: list[int], sampling: Sampling) -> list[bool]:
-        """Adds a step's tokens to the texts that go on; says which of these still do."""
-        going = []
-        for row, token in zip(alive, tokens, strict=True):
-            ids = done[row]
-            if not self._ended(ids, sampling):
-                ids.append(token)
-            going.append(not self._ended(ids, sampling))
-        return going
-
     def _ended(self, ids: Ids, sampling: Sampling) -> bool:
-        if not ids or not sampling.stop:
-            return bool(ids) and ids[-1] in self.end_ids
-        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
-        return ids[-1] in self.end_ids or cut_at_stop(text, sampling.stop) != text
+        return ids[-1] in self.end_ids or bool(sampling.stop and self._completion(ids, sampling).finished)
 
     def _completion(self, ids: Ids, sampling: Sampling) -> Completion:
         whole = str(self.tokenizer.decode(ids, skip_special_tokens=True))
@@ -203,55 +189,42 @@ class TransformersEngine:
         return Completion(text, len(ids), ids[-1] in self.end_ids or text != whole)
 
     def _score(
-        self,
-        root: State,
-        rows: list[Ids],
-        ends: list[list[Ids]],
-        stems: list[list[Ids]],
-        temperature: float,
+        self, root: Level | None, rows: list[Ids], tries: list[Trie], temperature: float
     ) -> list[list[float]]:
-        """Log-probabilities of each row's ends. Only stems (ends but for their last token) are run, once each."""
-        state, logits = self._prefill(root, rows)
-        flat = [(row, end) for row, texts in enumerate(ends) for end in texts]
-        if not flat:
-            return [[] for _ in ends]
-        total = _log_probability(logits, temperature, self._tensor([(row, end[0]) for row, end in flat]))
-        steps = [
-            (index, row, _stem_of(end, stems[row]), place, token)
-            for index, (row, end) in enumerate(flat)
-            for place, token in enumerate(end[1:])
-        ]
-        if steps:
-            index, *at = self._tensor(steps).unbind(1)
-            later = self._later(state, stems)
-            total = total.index_add(0, index, _log_probability(later, temperature, torch.stack(at, 1)))
-        values = iter(total.tolist())
-        return [[next(values) for _ in texts] for texts in ends]
-
-    def _later(self, state: State, stems: list[list[Ids]]) -> torch.Tensor:
-        """Logits after each token of each stem [rows, stems, width, vocabulary]; pads on the right."""
-        most = max(map(len, stems))
-        width = max(len(stem) for own in stems for stem in own)
-        flat = [stem for own in stems for stem in own + [[]] * (most - len(own))]
-        ids = self._tensor([stem + [0] * (width - len(stem)) for stem in flat])
-        logits = state.fork(most).extend(ids, last=False)
-        return logits.view(len(stems), most, *logits.shape[1:])
+        """Log-probabilities of the ends of each row's trie."""
+        ids, causal = self._padded(rows)
+        width, most = ids.shape[1], max(len(trie.tokens) for trie in tries)
+        ids = torch.nn.functional.pad(ids, (0, most))
+        seen = torch.zeros(len(rows), width + most, width + most, dtype=torch.bool, device=self.device)
+        seen[:, :width, :width] = causal
+        seen[:, width:, :width] = causal[:, -1:]
+        for row, trie in enumerate(tries):
+            own = slice(width, width + len(trie.tokens))
+            ids[row, own] = self._tensor(trie.tokens)
+            seen[row, own, own] = self._tensor(trie.seen)
+        logits = Tree(self.model, root, len(rows)).extend(ids, seen, most + 1).float() / temperature
+        sizes, counts = [len(trie.steps) for trie in tries], [trie.ends for trie in tries]
+        rank = np.repeat(np.arange(len(tries)), sizes)
+        first = np.repeat(np.cumsum([0, *counts[:-1]]), sizes)
+        steps = np.column_stack([rank, np.concatenate([trie.steps for trie in tries])])
+        at, node, token, end = self._tensor(steps).unbind(1)
+        gains = logits[at, node, token] - logits.logsumexp(-1)[at, node]
+        total = gains.new_zeros(sum(counts)).index_add(0, end + self._tensor(first), gains)
+        return [part.tolist() for part in torch.split(total, counts)]
 
     def _batches(
-        self, rows: list[Ids], tree: bool, ahead: int, held: int, most: int | None = None
+        self, rows: list[Ids], ahead: int, held: int, most: int | None = None
     ) -> Iterator[list[int]]:
         """Indices of rows, longest first: at most `most`, and as many as budget and memory allow.
 
         After its own tokens a row is counted with `ahead` tokens in the budget, and may come to hold `held`.
-        Beyond a sliding window only rows of one length go together, since pads would take places in it.
         """
         memory = self._cache_tokens()
-        alike = not tree and self.longest > 0
         batch: list[int] = []
         for index in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
             width, count = (len(rows[batch[0]]) if batch else 0), len(batch) + 1
             full = count * (width + ahead) > self.token_budget or count * (width + held) > memory
-            if batch and (full or len(batch) == most or (alike and len(rows[index]) < width)):
+            if batch and (full or len(batch) == most):
                 yield batch
                 batch = []
             batch.append(index)
@@ -306,35 +279,43 @@ def sample_noise(prefix: Ids, rows: list[Ids], sampling: Sampling) -> np.ndarray
     return noise
 
 
+class Trie(NamedTuple):
+    """Continuations of one prompt as a tree of the tokens to be run: all but each continuation's last one."""
+
+    tokens: Ids
+    seen: np.ndarray[
+        Any, np.dtype[np.bool_]
+    ]  # [tokens, tokens]: itself and those before it in its continuations
+    steps: np.ndarray[
+        Any, np.dtype[np.int64]
+    ]  # [steps, 3]: node (0: the prompt's end), token after it, whose end
+    ends: int
+
+    @classmethod
+    def of(cls, ends: Sequence[Ids]) -> Trie:
+        """`ends`: the continuations' ids."""
+        nodes: dict[tuple[int, ...], int] = {(): 0}
+        steps = [
+            (nodes.setdefault(tuple(end[:place]), len(nodes)), token, index)
+            for index, end in enumerate(ends)
+            for place, token in enumerate(end)
+        ]
+        seen = np.zeros((len(nodes), len(nodes)), dtype=bool)
+        for path, node in nodes.items():
+            seen[node, [nodes[path[:place]] for place in range(1, len(path) + 1)]] = True
+        tokens = [path[-1] for path in nodes if path]
+        return cls(tokens, seen[1:, 1:], np.array(steps, dtype=np.int64).reshape(-1, 3), len(ends))
+
+
 def pick_tokens(
-    logits: torch.Tensor, temperature: float, uniform: torch.Tensor | None, n: int = 1
+    logits: torch.Tensor, branch: torch.Tensor, temperature: float, uniform: torch.Tensor | None
 ) -> torch.Tensor:
-    """n tokens a row [rows, n]: greedy without `uniform` [rows, n]; else where the cumulated probability passes it."""
+    """A token a text from its branch's logits: greedy, or where the cumulated probability passes `uniform`."""
     if uniform is None:
-        return logits.argmax(-1, keepdim=True).expand(-1, n)
-    total = (logits.float() / temperature).softmax(-1).cumsum(-1)
-    wanted = uniform.to(total.dtype) * total[:, -1:]
-    return torch.searchsorted(total, wanted, right=True).clamp(max=logits.shape[-1] - 1)
-
-
-def _log_probability(logits: torch.Tensor, temperature: float, at: torch.Tensor) -> torch.Tensor:
-    """Of the tokens at the index tuples `at` [count, dimensions of logits], under softmax(logits / temperature)."""
-    scaled = logits.float() / temperature
-    places = at.unbind(1)
-    return scaled[places] - scaled.logsumexp(-1)[places[:-1]]
-
-
-def _stem_of(end: Ids, stems: list[Ids]) -> int:
-    """The stem that `end` but for its last token begins."""
-    return next((k for k, stem in enumerate(stems) if stem[: len(end) - 1] == end[:-1]), 0)
-
-
-def _stems(ends: list[Ids]) -> list[Ids]:
-    """The distinct ends without their last token that begin no other one."""
-    stems = sorted({tuple(end[:-1]) for end in ends if len(end) > 1})
-    return [
-        list(stem) for k, stem in enumerate(stems) if k + 1 == len(stems) or stems[k + 1][: len(stem)] != stem
-    ]
+        return logits.argmax(-1)[branch]
+    total = (logits.float() / temperature).softmax(-1).cumsum(-1)[branch]
+    wanted = uniform[:, None].to(total.dtype) * total[:, -1:]
+    return torch.searchsorted(total, wanted, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
