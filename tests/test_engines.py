@@ -250,6 +250,6 @@ def test_bench_compares_and_writes(
     where = ["--model", str(tmp_path / "tiny"), "--out", str(tmp_path), "--dtype", "float32"]
     bench.main([*where, "--questions", "4", "--repeats", "1"])
     found = json.loads((tmp_path / "tiny.json").read_text())
-    assert [row["ratio"] > 0 for row in found["rows"]] == [True] * 5
+    assert [row["ratio"] > 0 for row in found["rows"]] == [True] * 7
     assert 0 < found["utilisation"]["ours"]["mfu"] < 1 and found["machine"]["dtype"] == "torch.float32"
     assert "num_return_sequences" in capsys.readouterr().out

@@ -168,6 +168,12 @@ class Loan:
         self._model = model
         return self._engine
 
+    def sleep(self) -> None:
+        """Leaves the GPU to a training; the next `at` loads weights again."""
+        if self._engine is not None:
+            self._engine.sleep()
+            self._model = None
+
     def close(self) -> None:
         """Frees the engine."""
         if self._engine is not None:
@@ -273,6 +279,7 @@ class Chain:
 
         def train(folder: Path) -> None:
             write_jsonl(folder / "rows.jsonl", rows)
+            self.loan.sleep()
             record = training.train(model, rows, s, folder / "model", seed, template)
             write_json(folder / "training.json", record)
 
