@@ -279,6 +279,8 @@ class Scripted:
     def reload(self, path: Path) -> None:
         raise AssertionError("an evaluation does not change weights")
 
+    def sleep(self) -> None: ...
+
     def close(self) -> None: ...
 
 

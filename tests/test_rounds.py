@@ -34,7 +34,7 @@ class Scripted:
     """An engine that answers A with confidence 1.0, and counts what it was asked."""
 
     def __init__(self, model: Path) -> None:
-        self.name, self.asked, self.models = "scripted", 0, [model]
+        self.name, self.asked, self.models, self.slept = "scripted", 0, [model], 0
 
     def generate(self, prompts: Sequence[Messages], sampling: Sampling) -> list[list[Completion]]:
         self.asked += len(prompts) * sampling.n
@@ -48,6 +48,9 @@ class Scripted:
 
     def reload(self, path: Path) -> None:
         self.models.append(path)
+
+    def sleep(self) -> None:
+        self.slept += 1
 
     def close(self) -> None:
         pass
@@ -98,6 +101,7 @@ def test_each_round_starts_from_the_merged_weights_before(small, tmp_path, quest
     results = run_chain(small, Store(tmp_path / "run"), questions, questions, lambda model: engine)
     models = [result.model for result in results]
     assert engine.models[1:] == models[1:]
+    assert engine.slept == 2, "before each training"
     assert read_json(models[2].parent / "stage.json")["inputs"] == [f"{models[1].parent.name}/model"]
 
 
