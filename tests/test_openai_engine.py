@@ -15,7 +15,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 from foggen.engines import EngineError, Sampling, make_engine
 from foggen.engines.openai_engine import OpenAIEngine
@@ -266,3 +268,26 @@ def test_killed_and_concurrent_processes_lose_and_damage_nothing(
     files = list(tmp_path.rglob("[!.]*.json"))
     assert len(files) == 120
     assert all(len(json.loads(path.read_text())["texts"]) >= 1 for path in files)
+
+
+NOTEBOOK = """
+import logging
+from foggen.engines import Sampling, make_engine
+logging.basicConfig(filename="all.log", level=logging.DEBUG)
+options = dict(base_url=URL, cache="answers", key_variable="CLOUD_KEY", attempts=3, backoff=0.01)
+engine = make_engine("openai", "cloud", **options)
+print(engine.generate([[{"role": "user", "content": "a"}]], Sampling()), vars(engine))
+"""
+
+
+def test_the_key_is_in_no_artefact_log_or_executed_notebook(server: FaultyServer, tmp_path: Path) -> None:
+    wrong = NOTEBOOK.replace('"cloud",', '"other",')
+    cells = [nbformat.v4.new_code_cell(text.replace("URL", repr(server.url))) for text in (NOTEBOOK, wrong)]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    NotebookClient(notebook, allow_errors=True, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbformat.write(notebook, tmp_path / "executed.ipynb")
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".json", ".log", ".ipynb"}
+    assert "no such model" in (tmp_path / "executed.ipynb").read_text() and server.billed == Counter("a")
+    assert "chat/completions" in (tmp_path / "all.log").read_text()
+    assert not [path for path in files if KEY.encode() in path.read_bytes()]
