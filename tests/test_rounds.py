@@ -151,7 +151,7 @@ def test_format_install_trains_on_the_siblings_labels(small, tmp_path, questions
     results = run_chain(
         settings, Store(tmp_path / "run"), questions, questions, lambda model: opened.append(model) or engine
     )
-    assert opened == [sibling] and len(fake_sft) == 3
+    assert opened == [sibling, results[0].model] and len(fake_sft) == 3
     assert [row["id"] for row in fake_sft[0]] == [row["id"] for row in read_jsonl(results[0].rows)]
     assert results[0].model.parent.name.startswith("r00-sft")
 

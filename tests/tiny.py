@@ -112,7 +112,7 @@ def make_model(folder: Path, seed: int = 0, family: str = "qwen3", hidden: int =
     }
     if family == "gemma3":  # one layer of each of its two kinds of attention
         kinds = ["sliding_attention", "full_attention"]
-        model: Any = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, sliding_window=512, layer_types=kinds))
+        model: Any = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, sliding_window=2048, layer_types=kinds))
     else:
         model = Qwen3ForCausalLM(Qwen3Config(**sizes))
     model.save_pretrained(folder)
