@@ -102,20 +102,25 @@ def test_every_kind_of_lesson_learns_something() -> None:
     lessons = pocket.Lessons(
         EDGE, bank.load_facts(pocket.BANK), AutoTokenizer.from_pretrained(POCKET / "edge")
     )
-    batches = [
-        lessons.lookup(True),
-        lessons.lookup(False),
-        lessons.recall(),
-        lessons.choice(0.5),
-        lessons.sums(),
-    ]
-    batches += [
-        lessons.verification(),
-        *(lessons.open_ended(task) for task in ("squad", "truthfulqa", "gsm8k")),
-    ]
-    for batch in batches:
+    kinds = {kind for phase in pocket.PHASES for kind in phase.shares}
+    assert {"spans", "sums", "squad", "gsm8k", "verification"} < kinds
+    for batch in map(lessons.batch, kinds):
         assert batch.ids.shape == batch.labels.shape and batch.ids.shape[1] < 600
         assert (batch.labels != -100).any(dim=1).all()
+
+
+def test_every_line_teaches_its_answer() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(POCKET / "edge")
+    lessons = pocket.Lessons(EDGE, bank.load_facts(pocket.BANK), tokenizer)
+    batch = lessons.sums(rows=3, per_row=5)
+    text = tokenizer.decode(batch.ids[0])
+    shown = [line.split(" = ") for line in text.replace("<|endoftext|>", "").strip(" .").split(".")]
+    assert all(eval(left) == int(right) for left, right in shown)
+    assert tokenizer.decode(batch.labels[0][batch.labels[0] != -100]).split() == [right for _, right in shown]
+    story = lessons.spans(rows=1)
+    text = tokenizer.decode(story.ids[0])
+    names = tokenizer.decode(story.labels[0][story.labels[0] != -100])
+    assert names and all(word in text.split("\n")[0] for word in names.split())
 
 
 def test_the_readme_shows_the_stored_results() -> None:

@@ -80,3 +80,23 @@ def test_the_readme_table_has_a_line_a_variant(summary: pd.DataFrame) -> None:
     table = study.readme_table(summary, "pocket")
     assert all(name in table for name in study.SHOWN.values())
     assert "420 test questions, 2 seeds" in table
+
+
+def test_the_branch_is_compared_with_its_chain_seed_by_seed() -> None:
+    """R15 gets two open-ended answers in ten right that R14 does not, and changes nothing on the seven domains."""
+    rows = []
+    for seed in (0, 1):
+        for kind, domain in (("open-ended", "squad"), ("open-ended", "gsm8k"), ("seven domains", "law")):
+            for i in range(100):
+                for checkpoint in ("R14", "R15"):
+                    right = i % 10 < 4 or (checkpoint == "R15" and kind == "open-ended" and i % 10 < 6)
+                    rows.append(
+                        {"id": f"{domain}-{i}", "fact": f"{domain}/{i}", "domain": domain, "seed": seed}
+                        | {"set": kind, "checkpoint": checkpoint, "local_correct": int(right)}
+                        | {"cloud_correct": 1, "confidence": float(right)}
+                    )
+    table = study.branch_summary(pd.DataFrame(rows), resamples=300).set_index(["set", "domain"])
+    gained, kept = (table.loc[(kind, stats.MEAN)] for kind in ("open-ended", "seven domains"))
+    assert gained["difference"] == pytest.approx(0.2) and gained["difference_low"] > 0.1
+    assert kept["difference"] == kept["difference_low"] == kept["difference_high"] == 0
+    assert gained["n"] == 400 and gained["R15_auroc"] == 1 and gained["seeds"] == 2

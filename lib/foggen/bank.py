@@ -155,6 +155,8 @@ def _law(dice: random.Random) -> Asked:
 def _math(dice: random.Random) -> Asked:
     a, b, x = dice.randint(2, 12), dice.randint(2, 12), dice.randint(2, 15)
     kind = dice.randrange(3)
+    if kind < 2:
+        a, b = sorted((a, b))  # 3 + 5 and 5 + 3 are one fact
     if kind == 0:
         return f"What is {a} + {b} ?", a + b, [a + b + 1, a + b - 1, a * b, a + b + 10]
     if kind == 1:
@@ -306,8 +308,8 @@ def make_questions(facts: Iterable[Fact], split: str, seed: int = 0) -> list[Que
 # Open-ended sets
 
 
-def passage(material: Mapping[str, Any], dice: random.Random) -> OpenQuestion:
-    """A short story with random names, and a question that one of the names answers."""
+def passage(material: Mapping[str, Any], dice: random.Random) -> list[OpenQuestion]:
+    """A short story with random names, as the questions that one of its names answers."""
     template = dice.choice(material["templates"])
     people, places = dice.sample(material["people"], 2), dice.sample(material["places"], 2)
     slots = {
@@ -318,14 +320,16 @@ def passage(material: Mapping[str, Any], dice: random.Random) -> OpenQuestion:
         "object": dice.choice(material["objects"]),
         "job": dice.choice(material["jobs"]),
     }
-    asked = dice.choice(template["questions"])
-    return OpenQuestion(
-        id="?",
-        task="squad",
-        context=template["text"].format(**slots),
-        question=asked["q"].format(**slots),
-        answers=(slots[asked["slot"]],),
-    )
+    return [
+        OpenQuestion(
+            id="?",
+            task="squad",
+            context=template["text"].format(**slots),
+            question=asked["q"].format(**slots),
+            answers=(slots[asked["slot"]],),
+        )
+        for asked in template["questions"]
+    ]
 
 
 _OPERATIONS: Mapping[str, Callable[[int, int], int]] = {
@@ -391,7 +395,7 @@ def open_pool(folder: Path, task: str, seed: int, n: int) -> list[OpenQuestion]:
     dice = random.Random(f"{seed}/{task}")
     names = load_material(folder, "passages")
     if task == "squad":
-        return _different(lambda: passage(names, dice), n)
+        return _different(lambda: dice.choice(passage(names, dice)), n)
     if task == "gsm8k":
         problems = load_material(folder, "word_problems")
         return _different(lambda: word_problem(problems, names, dice), n)

@@ -367,6 +367,21 @@ def open_row(
     )
 
 
+def first(questions: Sequence[OpenQuestion], counts: Mapping[str, int]) -> list[OpenQuestion]:
+    """The first `counts[task]` questions of every task, task by task."""
+    return [
+        question
+        for task in TASKS
+        for question in [one for one in questions if one.task == task][: counts[task]]
+    ]
+
+
+def r15_questions(pool: Sequence[OpenQuestion], settings: Settings) -> list[OpenQuestion]:
+    """What R15 asks: as many questions as rows of a task; three times the word problems, as these can be dropped."""
+    rows = settings.open_ended.r15
+    return first(pool, {task: getattr(rows, task) * (3 if task == "gsm8k" else 1) for task in TASKS})
+
+
 def r15_rows(
     engine: Engine,
     questions: Sequence[OpenQuestion],

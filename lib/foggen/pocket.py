@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +27,8 @@ from foggen import bank, prompts, stats
 from foggen.bank import Fact
 from foggen.config import derive_seed, load_profile, override
 from foggen.prompts import BUCKETS, LETTERS, Messages, mcq_messages, target_text
-from foggen.questions import OpenQuestion, Question
+from foggen.questions import TASKS, OpenQuestion, Question
+from foggen.rounds import limit_threads
 from foggen.store import ROOT, content_hash, progress, read_json, write_json, write_text
 from foggen.training import encode_row
 
@@ -58,13 +60,13 @@ class World:
 # The edge model has met more of some domains than of others: a factor on the shares of facts met.
 FAMILIAR = {"science": 1.1, "coding": 1.1, "law": 0.9, "math": 0.7, "kazakh_culture": 1.25, "medical": 0.85}
 EDGE = World(
-    "edge", 128, 6, 1500, often=(0.7, 0.22, 0.03), seldom=(0.15, 0.33, 0.12), misled=0.45, familiar=FAMILIAR
+    "edge", 128, 6, 1900, often=(0.7, 0.22, 0.03), seldom=(0.15, 0.33, 0.12), misled=0.45, familiar=FAMILIAR
 )
 CLOUD = World(
-    "cloud", 128, 8, 1200, often=(1.0, 0.85, 0.55), seldom=(0.0, 0.05, 0.1), misled=0.15, grown_from="edge"
+    "cloud", 128, 8, 1400, often=(1.0, 0.85, 0.55), seldom=(0.0, 0.05, 0.1), misled=0.15, grown_from="edge"
 )
-# Facts are drawn by these weights; a fact "met seldom" is drawn eight times less often than one "met often".
-WEIGHTS: Mapping[str, float] = {"often": 1.0, "seldom": 0.12, "never": 0.0}
+# Facts are drawn by these weights; a fact "met seldom" is drawn twelve times less often than one "met often".
+WEIGHTS: Mapping[str, float] = {"often": 1.0, "seldom": 0.08, "never": 0.0}
 # How sure the pretraining text sounds, by how well known the fact is (difficulty 1; 2 and 3): nearly always sure,
 # with a weak tendency. It never depends on what a model knows.
 STATED: tuple[tuple[float, ...], tuple[float, ...]] = (
@@ -102,7 +104,14 @@ def _fixed_phrases() -> list[str]:
     phrases |= {line for line in shown.splitlines() if line.startswith("Instruction")}
     return sorted(
         phrases
-        | {f"\n{prompts.VERIFY_DECISION}", "AI Generated Answer:", "Evaluation:", " Correct.", " Incorrect."}
+        | {
+            f"\n{prompts.VERIFY_DECISION}",
+            prompts.VERIFY_DECISION,
+            "AI Generated Answer:",
+            "Evaluation:",
+            " Correct.",
+            " Incorrect.",
+        }
     )
 
 
@@ -180,16 +189,20 @@ class Lessons:
         self.problems = bank.load_material(BANK, "word_problems")
         self.misconceptions = self._misconceptions()
 
-    def _misconceptions(self) -> list[tuple[OpenQuestion, str]]:
-        """The misconceptions met, each phrasing with the answer that this model's text gives: right or popular."""
+    def _misconceptions(self) -> list[tuple[OpenQuestion, bool]]:
+        """The misconceptions met, each phrasing with whether this model has mostly met the popular, wrong answer."""
         met = []
         for question in bank.open_pool(BANK, "truthfulqa", 1, 0):
             luck = random.Random(f"{self.world.seed}/{question.fact}").random()
-            if luck < self.world.misled:
-                met.append((question, question.incorrect[0]))
-            elif luck < 0.85 or self.world.name == "cloud":
-                met.append((question, question.answers[0]))
+            if luck < 0.85 or self.world.name == "cloud":
+                met.append((question, luck < self.world.misled))
         return met
+
+    def misconception(self) -> tuple[OpenQuestion, str]:
+        """A question and an answer that the text gives to it: the popular one three times in four, or the right one."""
+        question, misled = self.dice.choice(self.misconceptions)
+        popular = misled and self.dice.random() < 0.75
+        return question, question.incorrect[0] if popular else question.answers[0]
 
     def draw(self, n: int) -> list[Fact]:
         """`n` facts, by how often the model meets them."""
@@ -229,26 +242,55 @@ class Lessons:
             labels.append(learnt)
         return Batch(torch.tensor(ids), torch.tensor(labels))
 
-    # Facts as plain text
+    # Plain lines, several a row: what is shown, the answer that is learnt, what follows
+
+    def _lines(self, rows: Iterable[Sequence[tuple[str, str, str]]]) -> Batch:
+        encoded = []
+        for row in rows:
+            ids: list[int] = []
+            mask: list[int] = []
+            for shown, answer, after in row:
+                for text, learn in ((shown, 0), (f" {answer}", 1), (after, 0)):
+                    tokens = prompts.plain_ids(self.tokenizer, text) if text else []
+                    ids += tokens
+                    mask += [learn] * len(tokens)
+            encoded.append({"input_ids": ids, "completion_mask": mask})
+        return self._pad(encoded)
 
     def recall(self, rows: int = 20, per_row: int = 8) -> Batch:
-        """Facts without options, several a row: `question answer`, and statements; the answer's tokens are learnt."""
-        encoded = []
-        for _ in range(rows):
-            row: list[int] = []
-            mask: list[int] = []
-            for fact in self.draw(per_row):
-                stated = self.dice.choice(fact.statements) if self.dice.random() < 0.3 else None
-                before, found, after = stated.rpartition(f" {fact.answer}") if stated else ("", "", "")
-                if not found or fact.subject not in before:
-                    before, after = self.dice.choice(fact.questions), "."
-                parts = [(before, 0), (f" {fact.answer}", 1), (f"{after}\n", 0)]
-                for text, learn in parts:
-                    tokens = prompts.plain_ids(self.tokenizer, text)
-                    row += tokens
-                    mask += [learn] * len(tokens)
-            encoded.append({"input_ids": row, "completion_mask": mask})
-        return self._pad(encoded)
+        """Facts without options, and misconceptions: `question answer`, or a statement."""
+        return self._lines([self._recalled() for _ in range(per_row)] for _ in range(rows))
+
+    def _recalled(self) -> tuple[str, str, str]:
+        if self.dice.random() < 0.25:
+            question, answer = self.misconception()
+            return question.question, answer, ".\n"
+        (fact,) = self.draw(1)
+        if self.dice.random() < 0.3:
+            before, found, after = self.dice.choice(fact.statements).rpartition(f" {fact.answer}")
+            if found and fact.subject in before:
+                return before, fact.answer, f"{after}\n"
+        return self.dice.choice(fact.questions), fact.answer, ".\n"
+
+    def spans(self, rows: int = 20) -> Batch:
+        """New passages, each followed by all its questions in random order."""
+        return self._lines(self._read() for _ in range(rows))
+
+    def _read(self) -> list[tuple[str, str, str]]:
+        asked = bank.passage(self.stories, self.dice)
+        lines = [(one.question, one.answers[0], ".\n") for one in self.dice.sample(asked, len(asked))]
+        return [(f"{asked[0].context}\n{lines[0][0]}", *lines[0][1:]), *lines[1:]]
+
+    def sums(self, rows: int = 16, per_row: int = 16) -> Batch:
+        """Arithmetic as the solutions of word problems have it, with results up to 150."""
+        return self._lines([self._sum() for _ in range(per_row)] for _ in range(rows))
+
+    def _sum(self) -> tuple[str, str, str]:
+        small = self.dice.randint
+        x, y = self.dice.choice((small(2, 12), small(4, 24), small(2, 12) * small(2, 12))), small(2, 12)
+        results = {"+": x + y, "-": x - y, "*": x * y}
+        sign = self.dice.choice([sign for sign, result in results.items() if 1 <= result <= 150])
+        return f" {x} {sign} {y} =", str(results[sign]), "."
 
     # Chats
 
@@ -287,7 +329,7 @@ class Lessons:
         return self._chats(chats)
 
     def verification(self, rows: int = 16) -> Batch:
-        """Answers to be checked, half of them wrong, after none to four worked examples."""
+        """Answers to be checked, half of them wrong, after none or four worked examples; mostly with a reason first."""
         chats = []
         few = self.dice.choice((0, 0, 4))
         for fact in self.draw(rows if few == 0 else rows // 2):
@@ -297,8 +339,9 @@ class Lessons:
             messages = prompts.verify_messages(
                 question, question.answer if right else self.dice.choice(wrong), few
             )
-            decision = "Correct" if right else "Incorrect"
-            chats.append((messages, f"The answer is {fact.answer}.\n{prompts.VERIFY_DECISION} {decision}."))
+            decision = f"{prompts.VERIFY_DECISION} {'Correct' if right else 'Incorrect'}."
+            reason = "" if self.dice.random() < 0.3 else f"The answer is {fact.answer}.\n"
+            chats.append((messages, reason + decision))
         return self._chats(chats)
 
     def open_ended(self, task: str, rows: int = 16) -> Batch:
@@ -306,10 +349,10 @@ class Lessons:
         chats = []
         for _ in range(rows):
             if task == "truthfulqa":
-                question, answer = self.dice.choice(self.misconceptions)
+                question, answer = self.misconception()
             else:
                 question = (
-                    bank.passage(self.stories, self.dice)
+                    self.dice.choice(bank.passage(self.stories, self.dice))
                     if task == "squad"
                     else bank.word_problem(self.problems, self.stories, self.dice)
                 )
@@ -318,22 +361,17 @@ class Lessons:
             chats.append((prompts.open_messages(question), target))
         return self._chats(chats)
 
-    def sums(self, rows: int = 12, per_row: int = 12) -> Batch:
-        """Lines of arithmetic with small numbers, as word problems need them; the result is learnt."""
-        encoded = []
-        for _ in range(rows):
-            row: list[int] = []
-            mask: list[int] = []
-            for _ in range(per_row):
-                sign = self.dice.choice("+-*")
-                x, y = self.dice.randint(2, 24 if sign != "*" else 12), self.dice.randint(2, 12)
-                shown = prompts.plain_ids(self.tokenizer, f"{max(x, y)} {sign} {min(x, y)} =")
-                result = {"+": x + y, "-": abs(x - y), "*": x * y}[sign]
-                solved = prompts.plain_ids(self.tokenizer, f" {result}.\n")
-                row += shown + solved
-                mask += [0] * len(shown) + [1] * (len(solved) - 1) + [0]
-            encoded.append({"input_ids": row, "completion_mask": mask})
-        return self._pad(encoded)
+    def batch(self, kind: str) -> Batch:
+        """A batch of one of the kinds in `PHASES`."""
+        makers: dict[str, Callable[[], Batch]] = {
+            "look-up": lambda: self.lookup(direct=True),
+            "look-up after a mark": lambda: self.lookup(direct=False),
+            "stated answers": lambda: self.choice(stated=1.0),
+            "choice": lambda: self.choice(stated=0.1),
+            **{task: lambda task=task: self.open_ended(task) for task in TASKS},  # type: ignore[misc]
+        }
+        made: Batch = makers[kind]() if kind in makers else getattr(self, kind)()
+        return made
 
 
 def exposures(world: World, facts: Sequence[Fact]) -> dict[str, str]:
@@ -351,10 +389,29 @@ def exposures(world: World, facts: Sequence[Fact]) -> dict[str, str]:
 # Training
 
 CHECKPOINT_EVERY = 200  # steps
-PHASES = ("look-up", "look-up after a mark", "stated answers", "facts")
-# Running accuracy on the learnt tokens at which a phase is over. The third one counts confidences, which are random,
-# and questions that cannot state their answer.
-PASS = (0.95, 0.95, 0.86)
+
+
+class Phase(NamedTuple):
+    """A part of the course: its shares of each kind of batch, and the running accuracy of one kind that ends it."""
+
+    name: str
+    shares: Mapping[str, float]
+    passing: float = math.inf  # the last phase ends with `World.steps`
+
+
+PHASES = (
+    Phase("look-up", {"look-up": 1.0}, 0.95),
+    Phase("look-up after a mark", {"look-up after a mark": 0.8, "look-up": 0.2}, 0.95),
+    Phase("spans", {"spans": 0.8, "look-up after a mark": 0.2}, 0.9),
+    Phase("sums", {"sums": 0.7, "spans": 0.15, "look-up after a mark": 0.15}, 0.9),
+    # Counted here are also confidences, which are random, and questions that cannot state their answer.
+    Phase("stated answers", {"stated answers": 0.55, "recall": 0.25, "spans": 0.1, "sums": 0.1}, 0.86),
+    Phase(
+        "facts",
+        {"choice": 0.42, "recall": 0.22, "verification": 0.09, "look-up after a mark": 0.02, "spans": 0.03}
+        | {"sums": 0.03, "squad": 0.06, "truthfulqa": 0.05, "gsm8k": 0.08},
+    ),
+)
 
 
 def make_model(world: World, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
@@ -423,32 +480,6 @@ class Course:
     tokens: int = 0
 
 
-def pick_lesson(lessons: Lessons, course: Course) -> tuple[str, Batch]:
-    """The next batch: mostly the phase's own kind, some of the earlier ones."""
-    roll = lessons.dice.random()
-    if course.phase == 0:
-        return "look-up", lessons.lookup(direct=True)
-    if course.phase == 1:
-        kind = "look-up" if roll < 0.2 else "look-up after a mark"
-        return kind, lessons.lookup(direct=roll < 0.2)
-    if course.phase == 2:
-        if roll < 0.15:
-            return "look-up after a mark", lessons.lookup(direct=False)
-        return ("recall", lessons.recall()) if roll < 0.4 else ("stated answers", lessons.choice(stated=1.0))
-    shares: list[tuple[str, float, Callable[[], Batch]]] = [
-        ("choice", 0.48, lambda: lessons.choice(stated=0.1)),
-        ("recall", 0.2, lessons.recall),
-        ("verification", 0.1, lessons.verification),
-        ("look-up", 0.02, lambda: lessons.lookup(direct=False)),
-        ("squad", 0.07, lambda: lessons.open_ended("squad")),
-        ("truthfulqa", 0.04, lambda: lessons.open_ended("truthfulqa")),
-        ("gsm8k", 0.06, lambda: lessons.open_ended("gsm8k")),
-        ("sums", 0.03, lessons.sums),
-    ]
-    name, _, make = lessons.dice.choices(shares, [share for _, share, _ in shares])[0]
-    return name, make()
-
-
 def train(world: World, work: Path, limit: int | None = None) -> Path:
     """Trains one pocket model and returns its folder; killed at any moment, it goes on from its last checkpoint."""
     facts = bank.load_facts(BANK)
@@ -473,7 +504,9 @@ def train(world: World, work: Path, limit: int | None = None) -> Path:
         progress(f"{world.name}: goes on at step {course.total}")
     while course.phase < len(PHASES) - 1 or course.step < world.steps:
         started = time.time()
-        kind, batch = pick_lesson(lessons, course)
+        phase = PHASES[course.phase]
+        (kind,) = lessons.dice.choices(list(phase.shares), list(phase.shares.values()))
+        batch = lessons.batch(kind)
         done = course.step / world.steps if course.phase == len(PHASES) - 1 else 0.0
         scale = min(1.0, (course.total + 1) / 30) * (1.0 if done < 0.3 else max(0.02, (1 - done) / 0.7))
         for one, base in zip(optimizers, rates, strict=True):
@@ -489,11 +522,11 @@ def train(world: World, work: Path, limit: int | None = None) -> Path:
         course.step, course.total = course.step + 1, course.total + 1
         course.tokens += batch.ids.numel()
         course.seconds += time.time() - started
-        if course.phase < len(PHASES) - 1 and accuracy.get(PHASES[course.phase], 0.0) > PASS[course.phase]:
+        if accuracy.get(phase.name, 0.0) > phase.passing:
             course.phase, course.step = course.phase + 1, 0
         if course.total % 100 == 0:
             shown = "  ".join(f"{name} {value:.2f}" for name, value in sorted(accuracy.items()))
-            progress(f"{world.name} {PHASES[course.phase]} {course.step}  {course.seconds:.0f} s  {shown}")
+            progress(f"{world.name} {phase.name} {course.step}  {course.seconds:.0f} s  {shown}")
         if course.total % CHECKPOINT_EVERY == 0:
             _checkpoint(saved, model, optimizers, course, accuracy, lessons)
         if limit and course.total >= limit:
@@ -704,6 +737,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = [problem for world in worlds for problem in check(world)]
         print("\n".join(found) or "the pocket models are as they should be")
         return len(found)
+    limit_threads(load_profile("pocket"))  # one: as fast, and the sums come out the same every time
     for world in worlds:
         install(world, train(world, given.work))
     return 0

@@ -7,21 +7,24 @@ the table that the notebooks and the README show. Chains are stages of a run fol
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from foggen import data, stats
+from foggen import data, open_ended, stats
 from foggen.config import Settings, load_profile
-from foggen.outcomes import Examination
-from foggen.questions import subset
-from foggen.rounds import Loan, Round, edge_engine, run_chain
-from foggen.routing import routing_metrics
+from foggen.outcomes import Examination, OpenExamination
+from foggen.questions import TASKS, subset
+from foggen.rounds import Loan, Round, edge_engine, run_chain, run_r15
+from foggen.routing import routing_metrics, routing_table
 from foggen.stats import CALIBRATION, Array
-from foggen.store import ROOT, Store, fill, progress, write_json
+from foggen.store import LOCK_VARIABLE, ROOT, Store, fill, progress, write_json
 
 # What is changed against the profile. The controls break the link between label and question, or drop the replay.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -67,32 +70,82 @@ def run_variant(settings: Settings, store: Store, variant: str) -> tuple[list[pd
     return tables, rounds_table(results).assign(variant=variant, seed=settings.seed)
 
 
+def run_branch(settings: Settings, store: Store) -> pd.DataFrame:
+    """Outcomes of the chain's last round (R14) and of its branch round (R15), on both `sets` of test questions."""
+    parts, pools = data.splits(settings), data.open_splits(settings)
+    results = run_chain(settings, store, parts["train"], parts["dev"])
+    loan = Loan(edge_engine(settings))
+    branch = run_r15(settings, store, results, open_ended.r15_questions(pools["train"], settings), loan)
+    limits = dict.fromkeys(TASKS, settings.open_ended.eval_questions)
+    opened = OpenExamination(settings, store, open_ended.first(pools["test"], limits), loan)
+    chosen = Examination(settings, store, "test", subset(parts["test"], settings.test_questions, 0), loan)
+    tables = []
+    for name, label, model in (("R14", "foggen", results[-1].model), ("R15", "R15", branch.model)):
+        sets = {
+            "open-ended": opened.outcomes(label, model),
+            "seven domains": chosen.outcomes(label, model, ()),
+        }
+        tables += [
+            table[[column for column in KEPT if column in table]].assign(
+                set=kind, checkpoint=name, seed=settings.seed
+            )
+            for kind, table in sets.items()
+        ]
+    loan.close()
+    return pd.concat(tables, ignore_index=True)
+
+
+def branch_summary(outcomes: pd.DataFrame, resamples: int = 10_000) -> pd.DataFrame:
+    """R14 against R15 on both sets of questions: accuracy, its paired difference, lift and AUROC, seeds pooled.
+
+    A row a set and domain (and their mean), with 95% intervals that resample facts; n counts questions times seeds.
+    """
+    pooled = outcomes.assign(id=outcomes["seed"].astype(str) + "/" + outcomes["id"])
+    tables = []
+    for kind, both in pooled.groupby("set"):
+        r14, r15 = (both[both["checkpoint"] == name] for name in ("R14", "R15"))
+        table = stats.paired_change(r14, r15, resamples=resamples).drop(columns="note")
+        for name, one in (("R14", r14), ("R15", r15)):
+            more = routing_table(one, 0.5).merge(stats.calibration_table(one, resamples=2000), on="domain")
+            more = more[["domain", *more.filter(regex="^(cloud|sysacc|routed|lift|auroc)(_low|_high)?$")]]
+            table = table.merge(more.set_index("domain").add_prefix(f"{name}_").reset_index(), on="domain")
+        tables.append(table.assign(set=kind))
+    return pd.concat(tables, ignore_index=True).assign(seeds=outcomes["seed"].nunique())
+
+
 def rounds_table(results: Sequence[Round]) -> pd.DataFrame:
     """One row a round: number, domain, labels, training and dev metrics."""
     return pd.DataFrame([result.record() for result in results])
 
 
-def run_study(
-    profile: str, run: str, seeds: Sequence[int], variants: Sequence[str] = tuple(VARIANTS)
-) -> Path:
-    """Runs every variant with every seed, and writes outcomes.parquet, rounds.csv, summary.csv and study.json."""
+def _chain(profile: str, run: str, variant: str, seed: int) -> tuple[list[pd.DataFrame], pd.DataFrame, Any]:
+    """What one chain of the study adds: outcomes, curve, and the branch round's outcomes (of the plain chain)."""
+    progress(f"== {variant}, seed {seed}")
+    settings, store = load_profile(profile, {"seed": seed, **VARIANTS[variant]}), Store(run)
+    tables, curve = run_variant(settings, store, variant)
+    return tables, curve, run_branch(settings, store) if variant == "foggen" else None
+
+
+def run_study(profile: str, run: str, seeds: Sequence[int], jobs: int = 1) -> Path:
+    """Runs every variant with every seed, and writes outcomes, curves, summaries and the settings they came from.
+
+    `jobs` chains run at a time, each in a process of its own.
+    """
     folder = results_folder(profile)
-    outcomes: list[pd.DataFrame] = []
-    curves: list[pd.DataFrame] = []
     store = Store(run)
     with store.locked():
-        for variant in variants:
-            for seed in seeds:
-                progress(f"== {variant}, seed {seed}")
-                settings = load_profile(profile, {"seed": seed, **VARIANTS[variant]})
-                tables, curve = run_variant(settings, store, variant)
-                outcomes += tables
-                curves.append(curve)
+        os.environ[LOCK_VARIABLE] = str(store.run)  # the lock holds for the chains' processes too
+        with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+            asked = [(profile, run, variant, seed) for variant in VARIANTS for seed in seeds]
+            outcomes, curves, branches = zip(*pool.map(_chain, *zip(*asked, strict=True)), strict=True)
     folder.mkdir(parents=True, exist_ok=True)
-    table = pd.concat(outcomes, ignore_index=True)
+    table = pd.concat([one for tables in outcomes for one in tables], ignore_index=True)
     table.to_parquet(folder / "outcomes.parquet", index=False, compression="zstd")
     pd.concat(curves, ignore_index=True).to_csv(folder / "rounds.csv", index=False)
     summarise(table).to_csv(folder / "summary.csv", index=False)
+    branch = pd.concat([one for one in branches if one is not None], ignore_index=True)
+    branch.to_parquet(folder / "branch_outcomes.parquet", index=False, compression="zstd")
+    branch_summary(branch).to_csv(folder / "branch.csv", index=False)
     command = f"python -m foggen.study --profile {profile} --seeds {' '.join(map(str, seeds))}"
     recipe = load_profile(profile).model_dump(mode="json")
     write_json(folder / "study.json", {"command": command, "seeds": list(seeds), "settings": recipe})
@@ -100,12 +153,13 @@ def run_study(
 
 
 def load_results(profile: str = "pocket") -> dict[str, pd.DataFrame]:
-    """The stored reference results: `outcomes`, `rounds` and `summary`. Raises FileNotFoundError without them."""
+    """The stored results: `outcomes`, `rounds`, `summary` and `branch` (R15). Raises FileNotFoundError without them."""
     folder = results_folder(profile)
     return {
         "outcomes": pd.read_parquet(folder / "outcomes.parquet"),
         "rounds": pd.read_csv(folder / "rounds.csv"),
         "summary": pd.read_csv(folder / "summary.csv"),
+        "branch": pd.read_csv(folder / "branch.csv"),
     }
 
 
@@ -245,9 +299,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--profile", default="pocket")
     parser.add_argument("--run", default="runs/study")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--jobs", type=int, default=1, help="chains at a time, each on cores of its own")
     given = parser.parse_args(argv)
-    print(run_study(given.profile, given.run, given.seeds, given.variants).relative_to(ROOT))
+    print(run_study(given.profile, given.run, given.seeds, given.jobs).relative_to(ROOT))
     update_readme(given.profile)
 
 
