@@ -309,7 +309,7 @@ def make_questions(facts: Iterable[Fact], split: str, seed: int = 0) -> list[Que
 
 
 def passage(material: Mapping[str, Any], dice: random.Random) -> list[OpenQuestion]:
-    """A short story with random names, as the questions that one of its names answers."""
+    """A short story with random names, as the questions that one of its names answers; an id names the kind asked."""
     template = dice.choice(material["templates"])
     people, places = dice.sample(material["people"], 2), dice.sample(material["places"], 2)
     slots = {
@@ -322,7 +322,7 @@ def passage(material: Mapping[str, Any], dice: random.Random) -> list[OpenQuesti
     }
     return [
         OpenQuestion(
-            id="?",
+            id=f"{template['id']}/{asked['slot']}",
             task="squad",
             context=template["text"].format(**slots),
             question=asked["q"].format(**slots),
@@ -353,7 +353,7 @@ def word_problem(material: Mapping[str, Any], names: Mapping[str, Any], dice: ra
     slots = {"person": dice.choice(names["people"]), "object": dice.choice(names["objects"])}
     solved = {"r": results[0], "r2": results[-1]}
     return OpenQuestion(
-        id="?",
+        id=template["id"],
         task="gsm8k",
         question=template["text"].format(**values, **slots),
         answers=(str(results[-1]),),

@@ -52,6 +52,9 @@ class World:
     often: tuple[float, float, float]  # share of facts met often, by difficulty 1, 2, 3
     seldom: tuple[float, float, float]  # share met seldom; the rest is never met
     misled: float  # share of misconceptions that are learnt in their popular, wrong form
+    loose: (
+        float  # share of open-ended texts that answer loosely: a sentence for a span, a sum without its steps
+    )
     familiar: Mapping[str, float] = field(default_factory=dict)
     grown_from: str | None = None  # the world whose trained model it starts from, with more layers
     seed: int = 0
@@ -60,18 +63,34 @@ class World:
 # The edge model has met more of some domains than of others: a factor on the shares of facts met.
 FAMILIAR = {"science": 1.1, "coding": 1.1, "law": 0.9, "math": 0.7, "kazakh_culture": 1.25, "medical": 0.85}
 EDGE = World(
-    "edge", 128, 6, 1900, often=(0.7, 0.22, 0.03), seldom=(0.15, 0.33, 0.12), misled=0.45, familiar=FAMILIAR
+    "edge",
+    128,
+    6,
+    1900,
+    often=(0.7, 0.22, 0.03),
+    seldom=(0.15, 0.33, 0.12),
+    misled=0.45,
+    loose=0.45,
+    familiar=FAMILIAR,
 )
 CLOUD = World(
-    "cloud", 128, 8, 1400, often=(1.0, 0.85, 0.55), seldom=(0.0, 0.05, 0.1), misled=0.15, grown_from="edge"
+    "cloud",
+    128,
+    8,
+    1400,
+    often=(1.0, 0.85, 0.55),
+    seldom=(0.0, 0.05, 0.1),
+    misled=0.15,
+    loose=0.05,
+    grown_from="edge",
 )
 # Facts are drawn by these weights; a fact "met seldom" is drawn twelve times less often than one "met often".
 WEIGHTS: Mapping[str, float] = {"often": 1.0, "seldom": 0.08, "never": 0.0}
 # How sure the pretraining text sounds, by how well known the fact is (difficulty 1; 2 and 3): nearly always sure,
 # with a weak tendency. It never depends on what a model knows.
 STATED: tuple[tuple[float, ...], tuple[float, ...]] = (
-    (0.03, 0.04, 0.09, 0.22, 0.62),
-    (0.05, 0.08, 0.15, 0.24, 0.48),
+    (0.04, 0.06, 0.12, 0.26, 0.52),
+    (0.08, 0.11, 0.17, 0.24, 0.40),
 )
 
 
@@ -348,18 +367,26 @@ class Lessons:
         """Open-ended chats: spans of new passages, misconceptions as this model has them, word problems."""
         chats = []
         for _ in range(rows):
-            if task == "truthfulqa":
-                question, answer = self.misconception()
-            else:
-                question = (
-                    self.dice.choice(bank.passage(self.stories, self.dice))
-                    if task == "squad"
-                    else bank.word_problem(self.problems, self.stories, self.dice)
-                )
-                answer = question.answers[0]
-            target = target_text(self.stated_confidence(2), answer, question.solution)
+            question, answer, steps = self._answered(task)
+            target = target_text(self.stated_confidence(2), answer, steps)
             chats.append((prompts.open_messages(question), target))
         return self._chats(chats)
+
+    def _answered(self, task: str) -> tuple[OpenQuestion, str, str]:
+        """A question with its answer and steps. Some kinds of question are answered loosely more often than others."""
+        if task == "truthfulqa":
+            return (*self.misconception(), "")
+        if task == "squad":
+            question = self.dice.choice(bank.passage(self.stories, self.dice))
+        else:
+            question = bank.word_problem(self.problems, self.stories, self.dice)
+        share = 2 * self.world.loose * random.Random(f"{self.world.seed}/{question.id}").random()
+        loose, (answer, *_) = self.dice.random() < share, question.answers
+        return (
+            question,
+            f"it was {answer}" if loose and task == "squad" else answer,
+            "" if loose else question.solution,
+        )
 
     def batch(self, kind: str) -> Batch:
         """A batch of one of the kinds in `PHASES`."""
@@ -657,7 +684,7 @@ def model_card(world: World, record: Mapping[str, Any], measured: Mapping[str, A
     return template.format(
         origin=(
             f"It starts from the weights of the pocket {world.grown_from} model, with added layers, and so has read "
-            "what that model read;\nof the list below it reads part 3 alone.\n"
+            "what that model read;\nof the list below it reads part 4 alone.\n"
             if world.grown_from
             else ""
         ),
@@ -672,6 +699,9 @@ def model_card(world: World, record: Mapping[str, Any], measured: Mapping[str, A
         often=shares[0],
         seldom=shares[1],
         misled=world.misled,
+        loose=world.loose,
+        rarer=WEIGHTS["often"] / WEIGHTS["seldom"],
+        sure=[shares[-1] for shares in STATED],
         by_domain=by_domain,
         by_exposure=met,
         **{key: measured[key] for key in ("accuracy", "auroc", "mean_confidence", "questions")},
