@@ -28,9 +28,8 @@ from foggen.bank import Fact
 from foggen.config import derive_seed, load_profile, override
 from foggen.prompts import BUCKETS, LETTERS, Messages, mcq_messages, target_text
 from foggen.questions import TASKS, OpenQuestion, Question
-from foggen.rounds import limit_threads
 from foggen.store import ROOT, content_hash, progress, read_json, write_json, write_text
-from foggen.training import encode_row
+from foggen.training import encode_row, limit_threads
 
 BANK = ROOT / "data" / "bank"
 POCKET = ROOT / "data" / "pocket"

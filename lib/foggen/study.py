@@ -77,7 +77,7 @@ def run_branch(settings: Settings, store: Store) -> pd.DataFrame:
     loan = Loan(edge_engine(settings))
     branch = run_r15(settings, store, results, open_ended.r15_questions(pools["train"], settings), loan)
     limits = dict.fromkeys(TASKS, settings.open_ended.eval_questions)
-    opened = OpenExamination(settings, store, open_ended.first(pools["test"], limits), loan)
+    opened = OpenExamination(settings, store, "open", open_ended.first(pools["test"], limits), loan)
     chosen = Examination(settings, store, "test", subset(parts["test"], settings.test_questions, 0), loan)
     tables = []
     for name, label, model in (("R14", "foggen", results[-1].model), ("R15", "R15", branch.model)):
