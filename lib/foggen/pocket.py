@@ -65,7 +65,7 @@ EDGE = World(
     "edge",
     128,
     6,
-    1900,
+    1600,
     often=(0.7, 0.22, 0.03),
     seldom=(0.15, 0.33, 0.12),
     misled=0.45,
@@ -76,7 +76,7 @@ CLOUD = World(
     "cloud",
     128,
     8,
-    1400,
+    1300,
     often=(1.0, 0.85, 0.55),
     seldom=(0.0, 0.05, 0.1),
     misled=0.15,
@@ -200,6 +200,7 @@ class Lessons:
         self.dice = random.Random(derive_seed(world.seed, "lessons", world.name))
         self.exposure = exposures(world, facts)
         self.facts = [fact for fact in facts if self.exposure[fact.id] != "never"]
+        self.unmet = [fact for fact in facts if self.exposure[fact.id] == "never"]
         self.weights = [WEIGHTS[self.exposure[fact.id]] for fact in self.facts]
         names = [tokenizer.convert_tokens_to_ids(f" {name}") for name in _names(facts)]
         self.names: list[int] = [name for name in names if isinstance(name, int)]
@@ -334,15 +335,22 @@ class Lessons:
     def _variant(self) -> prompts.Variant:
         return "blank_line" if self.dice.random() < 0.75 else "compact"
 
-    def choice(self, stated: float, rows: int = 32) -> Batch:
-        """The recipe's multiple-choice chat. In a share `stated` of the rows the question itself gives the answer."""
+    def choice(self, stated: float, guessed: float = 0.0, rows: int = 32) -> Batch:
+        """The recipe's multiple-choice chat. In a share `stated` of the rows the question itself gives the answer.
+
+        A share `guessed` asks for facts that the model never meets, and answers by lot: like a large text, this one
+        makes a model unsure where it knows nothing.
+        """
         chats = []
         for fact in self.draw(rows):
+            guess = self.dice.random() < guessed
+            fact = self.dice.choice(self.unmet) if guess else fact
             question = self.question(fact)
-            if self.dice.random() < stated:
-                told = f"{question.question} Hint: {fact.answer}." if fact.subject else question.question
+            answer = self.dice.choice(LETTERS[: len(question.options)]) if guess else question.answer
+            if not guess and fact.subject and self.dice.random() < stated:
+                told = f"{question.question} Hint: {fact.answer}."
                 question = question.model_copy(update={"question": told})
-            target = target_text(self.stated_confidence(fact.difficulty), question.answer)
+            target = target_text(self.stated_confidence(fact.difficulty), answer)
             chats.append((mcq_messages(question, self._variant()), target))
         return self._chats(chats)
 
@@ -393,7 +401,7 @@ class Lessons:
             "look-up": lambda: self.lookup(direct=True),
             "look-up after a mark": lambda: self.lookup(direct=False),
             "stated answers": lambda: self.choice(stated=1.0),
-            "choice": lambda: self.choice(stated=0.1),
+            "choice": lambda: self.choice(stated=0.1, guessed=0.15),
             **{task: lambda task=task: self.open_ended(task) for task in TASKS},  # type: ignore[misc]
         }
         made: Batch = makers[kind]() if kind in makers else getattr(self, kind)()
@@ -431,7 +439,7 @@ PHASES = (
     Phase("spans", {"spans": 0.8, "look-up after a mark": 0.2}, 0.9),
     Phase("sums", {"sums": 0.7, "spans": 0.15, "look-up after a mark": 0.15}, 0.9),
     # Counted here are also confidences, which are random, and questions that cannot state their answer.
-    Phase("stated answers", {"stated answers": 0.55, "recall": 0.25, "spans": 0.1, "sums": 0.1}, 0.86),
+    Phase("stated answers", {"stated answers": 0.55, "recall": 0.25, "spans": 0.1, "sums": 0.1}, 0.82),
     Phase(
         "facts",
         {"choice": 0.42, "recall": 0.22, "verification": 0.09, "look-up after a mark": 0.02, "spans": 0.03}
