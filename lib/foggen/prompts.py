@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 if TYPE_CHECKING:
@@ -255,17 +256,29 @@ def encode_chat(
     prefix = last["content"] if last["role"] == "assistant" else ""
     if not prefix:
         chat = [*chat, last]
-    marks = [f"\ue000{index}\ue001" for index in range(len(chat))]
-    shells = [{"role": message["role"], "content": mark} for message, mark in zip(chat, marks, strict=True)]
-    rendered = _rendered(tokenizer, shells, bool(prefix) or add_generation_prompt)
-    contents = dict(zip(marks, (message["content"] for message in chat), strict=True))
+    roles = tuple(message["role"] for message in chat)
     ids: list[int] = []
-    for piece in re.split("(\ue000[0-9]+\ue001)", rendered):
-        if piece in contents:
-            ids += plain_ids(tokenizer, contents[piece])
-        elif piece:
-            ids += cast(list[int], tokenizer(piece, add_special_tokens=False)["input_ids"])
+    for piece in _frame(tokenizer, roles, bool(prefix) or add_generation_prompt):
+        ids += plain_ids(tokenizer, chat[piece]["content"]) if isinstance(piece, int) else piece
     return ids + (plain_ids(tokenizer, prefix) if prefix else [])
+
+
+@lru_cache(maxsize=64)
+def _frame(
+    tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...], add_generation_prompt: bool
+) -> list[list[int] | int]:
+    """A chat of these roles as the template's token ids, with a message's index where its content goes.
+
+    Thousands of prompts share it, and rendering a template takes longer than tokenising a question.
+    """
+    marks = [f"\ue000{index}\ue001" for index in range(len(roles))]
+    shells = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+    pieces = re.split("\ue000([0-9]+)\ue001", _rendered(tokenizer, shells, add_generation_prompt))
+    return [
+        int(piece) if place % 2 else cast(list[int], tokenizer(piece, add_special_tokens=False)["input_ids"])
+        for place, piece in enumerate(pieces)
+        if piece
+    ]
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, shells: Messages, add_generation_prompt: bool) -> str:
