@@ -10,11 +10,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from foggen import bank, pocket, study
+from foggen import bank, pocket
 from foggen.pocket import CLOUD, EDGE, POCKET, World
 from foggen.prompts import SYSTEM_MCQ, encode_chat, mcq_messages, plain_ids
 from foggen.questions import Question
-from foggen.store import ROOT, content_hash, read_json
+from foggen.store import content_hash, read_json
 
 WORLDS = pytest.mark.parametrize("world", [EDGE, CLOUD], ids=lambda world: world.name)
 
@@ -121,9 +121,3 @@ def test_every_line_teaches_its_answer() -> None:
     text = tokenizer.decode(story.ids[0])
     names = tokenizer.decode(story.labels[0][story.labels[0] != -100])
     assert names and all(word in text.split("\n")[0] for word in names.split())
-
-
-def test_the_readme_shows_the_stored_results() -> None:
-    table = study.readme_table(study.load_results("pocket")["summary"], "pocket")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"<!-- results: begin -->\n{table}\n<!-- results: end -->" in readme
