@@ -34,7 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no replay": {"replay_rows": 0},
 }
 BASE = "R0"
-METRICS = ("raw", "routed", "lift", "auroc", "graded_auroc", "ece")
+METRICS = ("raw", "routed", "lift", "auroc", "graded_auroc", "ece", "graded_ece")
 KEPT = (
     "id",
     "domain",
@@ -189,7 +189,8 @@ def _measures(frame: pd.DataFrame, weights: Array, variant: str) -> Array:
     graded = stats.calibration(one, weights, "graded_confidence")
     at = CALIBRATION.index
     columns = [routed[:, 1], routed[:, 4], routed[:, 5], said[:, at("auroc")], graded[:, at("auroc")]]
-    return np.stack([*columns, said[:, at("ece_bucket_debiased")]], axis=1)
+    errors = [said[:, at("ece_bucket_debiased")], graded[:, at("ece_mass_debiased")]]
+    return np.stack([*columns, *errors], axis=1)
 
 
 def summarise(outcomes: pd.DataFrame, resamples: int = 2000) -> pd.DataFrame:
@@ -267,8 +268,8 @@ def _cell(row: pd.Series, percent: bool, sign: str = "") -> str:
 def readme_table(summary: pd.DataFrame, profile: str) -> str:
     """The results as a Markdown table: means over domains, 95% intervals, with n, seeds and the command."""
     lines = [
-        "| pocket profile | raw accuracy % | routed % | lift % | AUROC | ECE |",
-        "|---|---|---|---|---|---|",
+        "| pocket profile | raw accuracy % | routed % | lift % | AUROC | ECE | ECE of E[c] |",
+        "|---|---|---|---|---|---|---|",
     ]
     means = summary[summary["domain"] == stats.MEAN].set_index(["variant", "metric"])
     for variant, name in SHOWN.items():
@@ -276,9 +277,9 @@ def readme_table(summary: pd.DataFrame, profile: str) -> str:
             continue
         rows = {metric: means.loc[(variant, metric)] for metric in METRICS}
         cells = [_cell(rows["raw"], True), _cell(rows["routed"], True), _cell(rows["lift"], True, "+")]
-        cells += [_cell(rows["auroc"], False), _cell(rows["ece"], False)]
+        cells += [_cell(rows[name], False) for name in ("auroc", "ece", "graded_ece")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines.append("| *published, Qwen3-0.6B (R14)* | *59.6* | *21.9* | *+4.6* | *n/a* | *n/a* |")
+    lines.append("| *published, Qwen3-0.6B (R14)* | *59.6* | *21.9* | *+4.6* | *n/a* | *n/a* | *n/a* |")
     n, seeds = int(summary["n"].iloc[0]), int(summary["seeds"].iloc[0])
     note = (
         f"Means over seven domains at tau = 0.5; {n:,} test questions, {seeds} seeds pooled, 95% intervals that "
