@@ -18,7 +18,7 @@ Ids = list[int]
 
 
 class VLLMEngine:
-    """See `Engine`. Options go to `vllm.LLM`: tensor_parallel_size, data_parallel_size, gpu_memory_utilization,
+    """See `Engine`. Options go to `vllm.LLM`: tensor_parallel_size, gpu_memory_utilization,
     max_model_len, distributed_executor_backend (`ray` for several nodes) and so on.
 
     On a CPU the engine runs inside this process (helper processes would compete for its cores), and a call is
