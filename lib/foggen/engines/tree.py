@@ -1,8 +1,7 @@
 """KV caches of rows that share their beginnings: what is shared is held once and attended to by one product.
 
-Rows branch only where their tokens differ. Measured on the pocket edge (float32, one thread): with a copied cache a
-row instead, eight samples took 2 times as long, and AutoMix's eight verifications, whose prompts share worked examples,
-5 times; a row for each sample instead of each distinct text took 1.4 times as long in both.
+Rows branch only where their tokens differ. The simpler ways, a copied cache a row or a row for each sample, were tried
+and are slower, most of all where prompts share worked examples.
 After Juravsky et al. 2024, "Hydragen", arXiv 2402.05099. Knows nothing of prompts, sampling or texts.
 """
 
