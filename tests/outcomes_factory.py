@@ -41,9 +41,7 @@ def _rich(part: pd.DataFrame, dice: np.random.Generator) -> pd.DataFrame:
     gold = dice.choice(list("ABCD"), n)
     answer = np.where(right == 1, gold, np.where(gold == "A", "B", "A"))
     noisy = np.clip(part["confidence"] + dice.normal(0, 0.15, n), 0, 1)
-    votes = [
-        "".join(np.where(dice.random(8) < 0.3 + 0.5 * r, a, "-")) for r, a in zip(right, answer, strict=True)
-    ]
+    votes = ["".join(np.where(dice.random(8) < 0.3 + 0.5 * r, a, "-")) for r, a in zip(right, answer, strict=True)]
     words = np.where(right == 1, "easy", "hard")
     text = [f"{w if dice.random() < 0.7 else 'plain'} question {i}" for i, w in enumerate(words)]
     tokens = {"local_tokens": 14, "cloud_tokens": 30, "sample_tokens": 112, "verification_tokens": 400}

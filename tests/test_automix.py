@@ -76,9 +76,7 @@ def golden() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, pd.DataFrame]:
-    frame = pd.read_csv(SHARED / "input_400.csv").rename(
-        columns={peer: own for own, peer in PEER_COLUMNS.items()}
-    )
+    frame = pd.read_csv(SHARED / "input_400.csv").rename(columns={peer: own for own, peer in PEER_COLUMNS.items()})
     val50 = pd.read_csv(SHARED / "val50_ids.csv")["id"]
     train, test = (frame[frame["split"] == split] for split in ("train", "test"))
     return {
@@ -97,9 +95,7 @@ def test_stored_run(golden: dict[str, Any], rows: dict[str, pd.DataFrame], numbe
     method: Method = "Threshold" if fixed else run["method"]
     costs = Costs(run["costs"][0], run["costs"][1], run["verifier_cost"])
     fit_rows, test = rows[run["fit"]], rows["test"]
-    always = {
-        name: rows[name]["llama13b_pred_ans"].eq("unanswerable") & fixed for name in (run["fit"], "test")
-    }
+    always = {name: rows[name]["llama13b_pred_ans"].eq("unanswerable") & fixed for name in (run["fit"], "test")}
     policy = automix.fit(method, fit_rows, costs, always=always[run["fit"]])
     expected = ours_of(method, run["best_param"])
     assert (policy.method, policy.parameter) == (expected.method, expected.parameter)
@@ -144,16 +140,12 @@ def assert_same_choice(method: Method, fit_rows: pd.DataFrame, test: pd.DataFram
         return  # the original's policies are then a matter of rounding: see the defects below
     mixer = peer(method, fit_rows, costs)
     theirs, policy = ours_of(method, mixer.best_param), automix.fit(method, fit_rows, costs)
-    worth = [
-        automix.price(fit_rows, one.route(fit_rows["verification"]), costs).dibc for one in (policy, theirs)
-    ]
+    worth = [automix.price(fit_rows, one.route(fit_rows["verification"]), costs).dibc for one in (policy, theirs)]
     assert worth[0] == pytest.approx(worth[1], abs=1e-9)
     lift, slope, accuracy, cost, routed = mixer.evaluate(peer_table(test), return_decisions=True)
     assert routed.to_numpy(dtype=bool).tolist() == theirs.route(test["verification"]).tolist()
     price = automix.price(test, theirs.route(test["verification"]), costs)
-    assert (price.dibc, price.ibc, price.accuracy, price.cost) == pytest.approx(
-        (lift, slope, accuracy, cost), abs=1e-9
-    )
+    assert (price.dibc, price.ibc, price.accuracy, price.cost) == pytest.approx((lift, slope, accuracy, cost), abs=1e-9)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -163,15 +155,11 @@ def test_agrees_with_the_original_on_random_outcomes(method: Method, seed: int) 
     assert_same_choice(method, random_table(seed, 300), random_table(seed + 100, 150), costs)
 
 
-row_strategy = st.tuples(
-    st.integers(0, 8), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([0.0, 0.5, 1.0])
-)
+row_strategy = st.tuples(st.integers(0, 8), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([0.0, 0.5, 1.0]))
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    st.lists(row_strategy, min_size=2, max_size=40), st.sampled_from(METHODS), st.sampled_from([10.0, 60.0])
-)
+@given(st.lists(row_strategy, min_size=2, max_size=40), st.sampled_from(METHODS), st.sampled_from([10.0, 60.0]))
 def test_agrees_with_the_original_on_generated_outcomes(
     rows: list[tuple[int, float, float]], method: Method, ratio: float
 ) -> None:
@@ -191,40 +179,30 @@ def best_parameter(mixer: Any) -> Any:
 def test_defect_nothing_routed_at_no_cost_is_not_the_best_candidate() -> None:
     outcomes = table([0.5, 0.5, 1.0, 1.0], [0, 0, 1, 1], [1, 1, 1, 1])
     free = Costs(1.0, 50.0, 0.0)
-    assert best_parameter(peer("Threshold", outcomes, free)) == 0.0, (
-        "the original: 0/0 is NaN, and max() keeps it"
-    )
+    assert best_parameter(peer("Threshold", outcomes, free)) == 0.0, "the original: 0/0 is NaN, and max() keeps it"
     policy = automix.fit("Threshold", outcomes, free)
     assert policy.parameter == (0.5,)
     assert automix.price(outcomes, [False] * 4, free).dibc == -1.0
 
 
 def test_defect_a_worse_cloud_is_never_worth_routing_to() -> None:
-    swapped = random_table(1, 400).rename(
-        columns={"local_correct": "cloud_correct", "cloud_correct": "local_correct"}
-    )
+    swapped = random_table(1, 400).rename(columns={"local_correct": "cloud_correct", "cloud_correct": "local_correct"})
     theirs = ours_of("Threshold", peer("Threshold", swapped, Costs()).best_param)
     ours = automix.fit("Threshold", swapped, Costs())
     accuracy = {
         one: automix.price(swapped, policy.route(swapped["verification"]), Costs()).accuracy
         for one, policy in {"ours": ours, "theirs": theirs}.items()
     }
-    assert accuracy["theirs"] < swapped["local_correct"].mean() - 0.05, (
-        "the original picks what loses most a cost"
-    )
+    assert accuracy["theirs"] < swapped["local_correct"].mean() - 0.05, "the original picks what loses most a cost"
     assert accuracy["ours"] > accuracy["theirs"]
     harmful = table([0.0, 0.5, 1.0], [1, 1, 1], [0, 0, 0])
-    assert (
-        automix.price(harmful, [False] * 3, Costs()).dibc > automix.price(harmful, [True] * 3, Costs()).dibc
-    )
+    assert automix.price(harmful, [False] * 3, Costs()).dibc > automix.price(harmful, [True] * 3, Costs()).dibc
 
 
 @stored
 def test_defect_worse_cloud_on_the_stored_rows(rows: dict[str, pd.DataFrame]) -> None:
     case = json.loads((SHARED / "edge_cases.json").read_text())["LLM worse than SLM (columns swapped)"]
-    swapped = rows["train200"].rename(
-        columns={"local_correct": "cloud_correct", "cloud_correct": "local_correct"}
-    )
+    swapped = rows["train200"].rename(columns={"local_correct": "cloud_correct", "cloud_correct": "local_correct"})
     assert swapped["local_correct"].mean() == pytest.approx(case["slm"])
     policy = automix.fit("Threshold", swapped, Costs())
     price = automix.price(swapped, policy.route(swapped["verification"]), Costs())
@@ -244,10 +222,7 @@ def test_defect_rounding_does_not_tell_bins_of_the_same_odds_apart() -> None:
 def odds(outcomes: pd.DataFrame) -> list[tuple[int, int]]:
     """For each of nine bins: 100 (n + g + h) - h and n, of which the quotient is the penalty at which it turns."""
     bins, kinds = automix.nearest_bin(outcomes["verification"]), automix.categories(outcomes)
-    counts = [
-        [int(((bins == i) & (kinds == kind)).sum()) for kind in ("NEEDY", "GOOD", "HOPELESS")]
-        for i in range(9)
-    ]
+    counts = [[int(((bins == i) & (kinds == kind)).sum()) for kind in ("NEEDY", "GOOD", "HOPELESS")] for i in range(9)]
     return [(100 * sum(count) - count[2], count[0]) for count in counts]
 
 
@@ -268,9 +243,7 @@ def test_defect_costs_given_to_the_evaluation_count() -> None:
     outcomes = random_table(2, 100)
     mixer = peer("SelfConsistency", outcomes, Costs())
     data = peer_table(outcomes)
-    assert mixer.evaluate(data)[3] == mixer.evaluate(data, costs=[1, 500])[3], (
-        "the original ignores the argument"
-    )
+    assert mixer.evaluate(data)[3] == mixer.evaluate(data, costs=[1, 500])[3], "the original ignores the argument"
     routed = Policy("SelfConsistency", (0.5,)).route(outcomes["verification"])
     cheap, dear = (automix.price(outcomes, routed, Costs(1.0, large, 1.0)).cost for large in (50.0, 500.0))
     assert dear - cheap == pytest.approx(450 * routed.mean())
@@ -336,9 +309,7 @@ def test_equal_models_have_no_base_line_and_still_a_fit() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(
-    "rows", [[(1.0, 1, 1)], [(0.0, 0, 0)] * 3, [(0.5, 1, 0)] * 2, [(3 / 7, 0, 1), (1 / 16, 0, 1)]]
-)
+@pytest.mark.parametrize("rows", [[(1.0, 1, 1)], [(0.0, 0, 0)] * 3, [(0.5, 1, 0)] * 2, [(3 / 7, 0, 1), (1 / 16, 0, 1)]])
 def test_degenerate_fits_have_an_answer(method: Method, rows: list[tuple[float, float, float]]) -> None:
     v, small, large = zip(*rows, strict=True)
     policy = automix.fit(method, table(list(v), list(small), list(large)), Costs(1.0, 50.0, 0.0))
@@ -346,9 +317,7 @@ def test_degenerate_fits_have_an_answer(method: Method, rows: list[tuple[float, 
 
 
 def test_missing_values_are_named() -> None:
-    with pytest.raises(
-        ValueError, match="a column `verification`; got 1 rows of: id, local_correct, cloud_correct"
-    ):
+    with pytest.raises(ValueError, match="a column `verification`; got 1 rows of: id, local_correct, cloud_correct"):
         automix.fit("Threshold", table([1.0], [1], [1]).drop(columns="verification"), Costs())
     with pytest.raises(ValueError, match="row 1: `cloud_correct` is empty"):
         automix.fit("Threshold", table([1.0, 0.0], [1, 1], [1, np.nan]), Costs())
@@ -388,10 +357,7 @@ def test_share_of_readable_decisions() -> None:
 
 
 def test_verify_asks_only_about_answers() -> None:
-    asked = [
-        Question(id=str(n), domain="math", question=f"{n}+1?", options=("1", "2"), answer="A")
-        for n in range(3)
-    ]
+    asked = [Question(id=str(n), domain="math", question=f"{n}+1?", options=("1", "2"), answer="A") for n in range(3)]
     judge = Judge(["The AI generated answer is Correct."] * 2 + ["The AI generated answer is Incorrect."])
     result = automix.verify(judge, asked, ["A", None, "B"], k=3)  # type: ignore[arg-type]
     assert result.v.tolist() == pytest.approx([2 / 3, 0.0, 2 / 3])
@@ -408,9 +374,7 @@ def test_verify_asks_only_about_answers() -> None:
 @pytest.fixture
 def outcomes() -> pd.DataFrame:
     """Two domains of different sizes, with confidence, verification and token counts."""
-    frame = random_table(7, 400).assign(
-        domain=["law"] * 300 + ["math"] * 100, local_tokens=10, verification_tokens=160
-    )
+    frame = random_table(7, 400).assign(domain=["law"] * 300 + ["math"] * 100, local_tokens=10, verification_tokens=160)
     confidence = np.random.default_rng(7).choice([0, 0.25, 0.5, 0.75, 1.0], 400)
     return frame.assign(confidence=np.where(np.arange(400) % 50, confidence, np.nan))
 
@@ -508,6 +472,4 @@ def test_intervals_hold_their_values_and_refitting_widens_them(outcomes: pd.Data
     width, once = again["routed_high"] - again["routed_low"], fixed["routed_high"] - fixed["routed_low"]
     assert width["POMDP"] > once[("POMDP", "1 c_S")]
     assert again.loc["FogGen", "difference"] == again.loc["FogGen", "difference_high"] == 0
-    assert again.loc["POMDP", "difference"] == pytest.approx(
-        again.loc["FogGen", "lift"] - again.loc["POMDP", "lift"]
-    )
+    assert again.loc["POMDP", "difference"] == pytest.approx(again.loc["FogGen", "lift"] - again.loc["POMDP", "lift"])

@@ -39,9 +39,7 @@ def test_every_domain_has_its_facts(facts: list[Fact], domain: str) -> None:
     assert len({fact.id for fact in written}) == len(written)
     assert set(Counter(fact.difficulty for fact in written)) == {1, 2, 3}
     assert all(len(fact.rivals) >= 4 and fact.answer not in fact.rivals for fact in written)
-    assert all(
-        fact.answer.casefold() not in fact.subject.casefold() for fact in written if len(fact.answer) > 2
-    )
+    assert all(fact.answer.casefold() not in fact.subject.casefold() for fact in written if len(fact.answer) > 2)
 
 
 def test_kazakh_culture_is_in_two_languages(questions: dict[str, list[Question]]) -> None:
@@ -85,29 +83,18 @@ def test_gold_letters_are_balanced_among_four_options(questions: dict[str, list[
     assert sizes[4] > 0.7 * sum(sizes.values()) and sizes[3] and sizes[5]
 
 
-def test_the_right_option_is_the_facts_answer(
-    facts: list[Fact], questions: dict[str, list[Question]]
-) -> None:
+def test_the_right_option_is_the_facts_answer(facts: list[Fact], questions: dict[str, list[Question]]) -> None:
     known = {fact.id: fact for fact in facts}
     for question in questions["test"]:
         assert question.options[LETTERS.index(question.answer)] == known[str(question.fact)].answer
 
 
 def test_computed_answers_are_right(facts: list[Fact]) -> None:
-    sums = [
-        fact
-        for fact in facts
-        if fact.id.startswith("math/computed") and fact.questions[0].startswith("What is")
-    ]
+    sums = [fact for fact in facts if fact.id.startswith("math/computed") and fact.questions[0].startswith("What is")]
     snippets = [fact for fact in facts if fact.id.startswith("coding/computed")]
     assert len(sums) > 30 and len(snippets) > 100
     for fact in [*sums, *snippets]:
-        expression = (
-            fact.questions[0]
-            .removeprefix("What is ")
-            .removeprefix("What does Python print for ")
-            .rstrip(" ?")
-        )
+        expression = fact.questions[0].removeprefix("What is ").removeprefix("What does Python print for ").rstrip(" ?")
         assert str(eval(expression)) == fact.answer
 
 
@@ -139,9 +126,7 @@ def test_spans_are_in_their_passages_and_solutions_end_in_answers(
 
 
 def test_a_bad_fact_is_named(tmp_path: Path) -> None:
-    relation = (
-        "{id: r, lang: en, phrasings: ['is {s} ?'], statements: ['{s} {a}'], facts: [[a, b, 1], [c, d]]}"
-    )
+    relation = "{id: r, lang: en, phrasings: ['is {s} ?'], statements: ['{s} {a}'], facts: [[a, b, 1], [c, d]]}"
     (tmp_path / "law.yaml").write_text(f"relations: [{relation}]", encoding="utf-8")
     with pytest.raises(bank.BankError, match=r"law.yaml: r, fact 2: expected \[subject, answer, difficulty"):
         bank.written_facts(tmp_path, "law")

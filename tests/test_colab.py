@@ -38,22 +38,16 @@ def test_the_colab_notebook_runs_on_what_colab_brings_and_resumes(bare_python: P
     assert before and say("from importlib.util import find_spec as f; print(f('transformers'))") == "None\n"
     parameters = tmp_path / "parameters.yaml"
     overrides = {"edge.model": "data/pocket/foggen-r14", "test_questions": 70}
-    parameters.write_text(
-        json.dumps({"profile": "pocket", "run": str(tmp_path / "run"), "overrides": overrides})
-    )
+    parameters.write_text(json.dumps({"profile": "pocket", "run": str(tmp_path / "run"), "overrides": overrides}))
     arguments = ["colab_evaluate.ipynb", str(tmp_path / "out.ipynb"), "-f", str(parameters)]
     command = [bare_python, "-m", "papermill", *arguments]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "FOGGEN", "VIRTUAL"))}
     made = []
     for _ in range(2):
-        done = subprocess.run(
-            command, cwd=ROOT / "notebooks", env=environment, capture_output=True, text=True
-        )
+        done = subprocess.run(command, cwd=ROOT / "notebooks", env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         made.append({path.name: path.stat().st_mtime for path in (tmp_path / "run" / "stages").iterdir()})
-    assert made[0] == made[1] and len(made[0]) == 14, (
-        "seven domains, edge and cloud; resumed, not asked again"
-    )
+    assert made[0] == made[1] and len(made[0]) == 14, "seven domains, edge and cloud; resumed, not asked again"
     assert say(versions) == before
     result = json.loads((tmp_path / "run" / "done" / "colab_evaluate.json").read_text())
     assert result["results"]["n"] == 70 and "AUROC" in result["headline"]

@@ -83,9 +83,7 @@ class Says:
 
 
 def answers(letters: str) -> Says:
-    return Says(
-        *(f"Confidence: 0.5\nFinal answer: {letter}" if letter != "-" else "hm" for letter in letters)
-    )
+    return Says(*(f"Confidence: 0.5\nFinal answer: {letter}" if letter != "-" else "hm" for letter in letters))
 
 
 QUESTION = make_questions(1, ("law",))[0].model_copy(update={"answer": "A", "options": ("w", "x", "y", "z")})
@@ -112,11 +110,7 @@ def test_exact_answers_multiply_confidence_and_letter():
     assert score.letters == pytest.approx([right, *[(0.9 - right) / 3] * 3])
     assert score.graded_confidence == pytest.approx(right / 0.9)
     (sample,) = exact_answers(Says(), [QUESTION], POCKET)
-    assert (
-        sample["p_correct"] == pytest.approx(right)
-        and sample["own_answer"] == "A"
-        and sample["votes"] is None
-    )
+    assert sample["p_correct"] == pytest.approx(right) and sample["own_answer"] == "A" and sample["votes"] is None
 
 
 def unsure_model(folder: Path) -> Path:
@@ -126,10 +120,7 @@ def unsure_model(folder: Path) -> Path:
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     taught = [("0.5", "A"), ("0.5", "A"), ("1.0", "A"), ("0.25", "B")]
-    rows = [
-        encode_row(tokenizer, mcq_messages(QUESTION), f"Confidence: {c}\nFinal answer: {x}")
-        for c, x in taught
-    ]
+    rows = [encode_row(tokenizer, mcq_messages(QUESTION), f"Confidence: {c}\nFinal answer: {x}") for c, x in taught]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(120):
         ids = torch.tensor([rows[step % 4]["input_ids"]])

@@ -39,9 +39,7 @@ def test_one_file_is_divided_by_facts(tmp_path: Path) -> None:
     parts = data.splits(settings)
     assert [len(parts[split]) for split in ("train", "dev", "test")] == [24 * 7, 4 * 7, 12 * 7]
     assert not marks(parts["train"]) & marks(parts["test"]) and not marks(parts["dev"]) & marks(parts["test"])
-    assert data.splits(settings) == parts == data.splits(override(settings, {"seed": 5})), (
-        "whatever the run's seed"
-    )
+    assert data.splits(settings) == parts == data.splits(override(settings, {"seed": 5})), "whatever the run's seed"
 
 
 def test_a_folder_with_own_splits_keeps_them(tmp_path: Path) -> None:
@@ -76,9 +74,7 @@ def test_a_test_question_in_training_is_left_out_of_it(tmp_path: Path, capsys: A
     train = write(tmp_path / "a.jsonl", [copy, fact, three])
     test = write(tmp_path / "b.jsonl", [one, two])
     dev = write(tmp_path / "c.jsonl", [four])
-    sources = [
-        {"path": str(path), "use": use} for path, use in ((train, "train"), (test, "test"), (dev, "dev"))
-    ]
+    sources = [{"path": str(path), "use": use} for path, use in ((train, "train"), (test, "test"), (dev, "dev"))]
     parts = data.splits(with_sources(*sources))
     assert {split: [q.id for q in group] for split, group in parts.items()} == {
         "train": [three.id],
@@ -87,9 +83,7 @@ def test_a_test_question_in_training_is_left_out_of_it(tmp_path: Path, capsys: A
     }
     assert "2 questions left out of train" in capsys.readouterr().err
     mine = override(with_sources(*sources), {"data.questions": str(write(tmp_path / "d.jsonl", [three]))})
-    assert [q.id for q in data.splits(mine)["train"]] == ["copy", "fact"], (
-        "one's own test set is held out too"
-    )
+    assert [q.id for q in data.splits(mine)["train"]] == ["copy", "fact"], "one's own test set is held out too"
 
 
 def test_the_bank_loses_no_question_to_the_check() -> None:
@@ -147,9 +141,7 @@ def test_hub_sets_by_their_splits(monkeypatch: pytest.MonkeyPatch, capsys: Any) 
         data.load_source(Source(**{**entry, "split": "test"}))
 
 
-@pytest.mark.skipif(
-    not SHARED.is_dir(), reason=f"no external question sets beside this checkout ({SHARED.name})"
-)
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no external question sets beside this checkout ({SHARED.name})")
 def test_external_question_sets_are_a_source() -> None:
     parts = data.splits(with_sources({"path": str(SHARED)}))
     assert 1300 < sum(map(len, parts.values())) <= 1317

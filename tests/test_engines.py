@@ -41,12 +41,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    raw.train_from_iterator(
-        ["Confidence: 0.75\nFinal answer: A", "You are a self-aware assistant. Rules"], trainer
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    )
+    raw.train_from_iterator(["Confidence: 0.75\nFinal answer: A", "You are a self-aware assistant. Rules"], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
@@ -182,9 +178,7 @@ def test_score_is_the_chain_rule(engine: TransformersEngine) -> None:
 def test_exact_score_is_the_mean_of_many_samples(engine: TransformersEngine) -> None:
     prompt, count = chats(1)[0], 20_000
     drawn = engine.generate([prompt], Sampling(n=count, temperature=0.7, max_tokens=2, seed=1))[0]
-    frequent = [
-        text for text, _ in Counter(sample.text for sample in drawn if sample.tokens == 2).most_common(30)
-    ]
+    frequent = [text for text, _ in Counter(sample.text for sample in drawn if sample.tokens == 2).most_common(30)]
     ids = {text: engine.tokenizer(text)["input_ids"] for text in frequent}
     texts = [text for text in frequent if len(ids[text]) == 2 and engine.tokenizer.decode(ids[text]) == text]
     assert len(texts) >= 5

@@ -27,22 +27,16 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in PROFILES.glob("*.yaml")))
-def test_every_profile_has_a_plan_offline(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_profile_has_a_plan_offline(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--profile", name, "--run", str(tmp_path / "run"), "--list"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     settings = load_profile(name)
-    assert (
-        "an estimate" in said and "Time = parameters x tokens" in said and f"{settings.edge.model}: " in said
-    )
+    assert "an estimate" in said and "Time = parameters x tokens" in said and f"{settings.edge.model}: " in said
     assert ("fine-tuning" in said) == (settings.rounds > 0)
     assert ("format install" in said) == (settings.edge.format_install is not None)
     for source in settings.data.sources:
         assert f"(licence: {source.licence})" in said
-    assert ("in this checkout" in said) == (name == "pocket") and ("to download" in said) == (
-        name != "pocket"
-    )
+    assert ("in this checkout" in said) == (name == "pocket") and ("to download" in said) == (name != "pocket")
 
 
 def test_sizes_come_from_the_configuration_or_the_name(tmp_path: Path) -> None:
@@ -51,9 +45,7 @@ def test_sizes_come_from_the_configuration_or_the_name(tmp_path: Path) -> None:
     assert edge and edge.config is not None and 1 < weights / edge.total < 5
     cloud = estimate.model_size("Qwen/Qwen3-30B-A3B-Instruct-2507")
     assert cloud == estimate.Model(30e9, 3e9, None)
-    assert [
-        estimate.model_size(name).total for name in ("google/gemma-3-270m", "x/SmolLM2-135M-Instruct")
-    ] == [
+    assert [estimate.model_size(name).total for name in ("google/gemma-3-270m", "x/SmolLM2-135M-Instruct")] == [
         270e6,
         135e6,
     ]  # type: ignore[union-attr]
@@ -69,9 +61,7 @@ def test_a_rounds_work_by_hand() -> None:
     assert tuning.seconds(model, 1e15) == pytest.approx(14 * floor * estimate.TRAIN / 6)
     samples = works["a round: samples for labels"]
     assert (samples.read, samples.written) == (300 * 148, 300 * 8 * 12)
-    assert "a round: fine-tuning" not in {
-        w.stage for w in estimate.works(load_profile("evaluate-released"), 148)
-    }
+    assert "a round: fine-tuning" not in {w.stage for w in estimate.works(load_profile("evaluate-released"), 148)}
 
 
 def test_a_cached_snapshot_is_found_by_revision(tmp_path: Path) -> None:

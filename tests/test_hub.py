@@ -48,9 +48,7 @@ ERRORS: list[tuple[Exception, str, str]] = [
 
 
 @pytest.mark.parametrize(("error", "token", "said"), ERRORS)
-def test_every_error_says_what_to_do(
-    error: Exception, token: str, said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_error_says_what_to_do(error: Exception, token: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", token)
     with (
         pytest.raises(hub.HubError, match=f"model a/b: .*{said}") as told,
@@ -96,17 +94,13 @@ def test_open_revisions_are_fixed_once(monkeypatch: pytest.MonkeyPatch) -> None:
         ("issai/KazCulture", "dataset"),
     ]
     pinned = override(settings, pins)
-    assert (
-        pinned.edge.revision == "sha-of-Qwen/Qwen3-0.6B" and pinned.cloud.revision == settings.cloud.revision
-    )
+    assert pinned.edge.revision == "sha-of-Qwen/Qwen3-0.6B" and pinned.cloud.revision == settings.cloud.revision
     assert [one.revision for one in pinned.data.sources] == [
         "sha-of-issai/foggen-data",
         "sha-of-issai/KazCulture",
     ]
     assert hub.pin(pinned) == {} and hub.pin(load_profile("pocket")) == {}
-    assert hub.pin(settings, pinned.model_dump()) == pins and len(asked) == 3, (
-        "a run keeps what it began with"
-    )
+    assert hub.pin(settings, pinned.model_dump()) == pins and len(asked) == 3, "a run keeps what it began with"
 
 
 def test_a_snapshot_is_an_input_by_its_commit(tmp_path: Path) -> None:

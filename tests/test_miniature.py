@@ -89,8 +89,7 @@ def run_paper(folder: Path, family: str, rounds: int) -> None:
     for label, model in (("last", chain[-1].model), ("r15", branch.model)):
         table = check_outcomes(test.outcomes(label, model))
         assert (
-            len(table) == len(questions)
-            and routing_table(table, settings.tau, resamples=20)["raw"].between(0, 1).all()
+            len(table) == len(questions) and routing_table(table, settings.tau, resamples=20)["raw"].between(0, 1).all()
         )
     asked = [one for task in TASKS for one in [q for q in pools["test"] if q.task == task][:2]]
     opened = OpenExamination(settings, store, "open", asked, loan)

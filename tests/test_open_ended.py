@@ -119,9 +119,7 @@ def test_squad_empty_texts_follow_v1_and_not_v2() -> None:
         ("Paris", ["", "the"], 0.0, 0.0, 0.0),
     ],
 )
-def test_squad_by_hand(
-    answer: str, references: list[str], match: float, overlap: float, inside: float
-) -> None:
+def test_squad_by_hand(answer: str, references: list[str], match: float, overlap: float, inside: float) -> None:
     assert exact_match(answer, references) == match
     assert f1(answer, references) == pytest.approx(overlap)
     assert contains(answer, references) == inside
@@ -182,9 +180,7 @@ def test_rouge_l_agrees_with_rouge_score_on_1000_generated_pairs() -> None:
 def test_rouge_l_agrees_with_rouge_score_on_all_real_rows(rows: dict[str, list[OpenQuestion]]) -> None:
     for question in rows["truthfulqa"]:
         for wrong in question.incorrect:
-            assert rouge_l(wrong, question.answers[0]) == pytest.approx(
-                rouge_package(question.answers[0], wrong)
-            )
+            assert rouge_l(wrong, question.answers[0]) == pytest.approx(rouge_package(question.answers[0], wrong))
 
 
 @real
@@ -269,9 +265,7 @@ class Scripted:
 
     def _say(self, prompt: str, n: int) -> list[Completion]:
         texts = next(texts for asked, texts in self.script.items() if asked in prompt)
-        return [
-            Completion(text.removesuffix("~"), len(text), not text.endswith("~")) for text in (texts * n)[:n]
-        ]
+        return [Completion(text.removesuffix("~"), len(text), not text.endswith("~")) for text in (texts * n)[:n]]
 
     def score(self, *_: Any, **__: Any) -> list[list[float]]:
         raise AssertionError("open-ended questions are never scored by likelihood")
@@ -286,9 +280,7 @@ class Scripted:
 
 QUESTIONS = [
     OpenQuestion(id="g", task="gsm8k", question="2+3?", answers=("5",)),
-    OpenQuestion(
-        id="s", task="squad", question="Who?", context="John Elway won.", answers=("John Elway", "Elway")
-    ),
+    OpenQuestion(id="s", task="squad", question="Who?", context="John Elway won.", answers=("John Elway", "Elway")),
     OpenQuestion(
         id="t", task="truthfulqa", question="Red?", answers=("Red is a habit",), incorrect=("Bulls hate red",)
     ),
@@ -337,18 +329,14 @@ def test_open_outcomes_has_the_columns_of_an_outcomes_table() -> None:
     local = open_ended.evaluate_open(one_of_each(), QUESTIONS, LIMITS)
     cloud = open_ended.evaluate_open(one_of_each(), QUESTIONS[::-1], LIMITS)
     outcomes = open_ended.open_outcomes(local, cloud)
-    assert {"id", "domain", "local_correct", "cloud_correct", "confidence", "fact", "task", "parsed"} <= set(
-        outcomes
-    )
+    assert {"id", "domain", "local_correct", "cloud_correct", "confidence", "fact", "task", "parsed"} <= set(outcomes)
     assert outcomes["id"].tolist() == ["g", "s", "t"]
     assert outcomes["local_correct"].tolist() == outcomes["cloud_correct"].tolist()
     assert (outcomes["local_tokens"] > 0).all() and (outcomes["domain"] == outcomes["task"]).all()
 
 
 def test_questions_on_one_passage_are_one_unit() -> None:
-    same = OpenQuestion(
-        id="other", task="squad", question="What?", context=QUESTIONS[1].context, answers=("x",)
-    )
+    same = OpenQuestion(id="other", task="squad", question="What?", context=QUESTIONS[1].context, answers=("x",))
     assert open_ended.unit(same) == open_ended.unit(QUESTIONS[1]) != open_ended.unit(QUESTIONS[0]) == "g"
 
 
@@ -358,9 +346,7 @@ def test_the_containment_rule_is_a_choice() -> None:
 
 
 def test_judge_grades_once_an_answer_and_gives_its_name() -> None:
-    engine = Scripted(
-        {"Answer: habit": ["Correct."], "Answer: hate": ["Not correct"], "Answer: hm": ["Perhaps"]}
-    )
+    engine = Scripted({"Answer: habit": ["Correct."], "Answer: hate": ["Not correct"], "Answer: hm": ["Perhaps"]})
     grades = open_ended.judge(engine, [QUESTIONS[2]] * 4, ["habit", "hate", "hm", None])
     assert grades["correct"].fillna(-1).tolist() == [1.0, 0.0, -1.0, 0.0]
     assert set(grades["judge"]) == {"scripted"} and engine.calls[0][0] == 3

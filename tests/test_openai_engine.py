@@ -251,9 +251,7 @@ engine.generate([[{"role": "user", "content": f"question {k}"}] for k in range(1
 """
 
 
-def test_killed_and_concurrent_processes_lose_and_damage_nothing(
-    server: FaultyServer, tmp_path: Path
-) -> None:
+def test_killed_and_concurrent_processes_lose_and_damage_nothing(server: FaultyServer, tmp_path: Path) -> None:
     server.rate, server.faults = 0.3, ("500", "429")
     command = [sys.executable, "-c", PROCESS, server.url, str(tmp_path)]
     first = subprocess.Popen(command)

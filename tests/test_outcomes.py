@@ -19,9 +19,7 @@ from foggen.questions import OpenQuestion, Question
 from foggen.rounds import Loan, run_chain, run_r15
 from foggen.store import Store
 
-OPEN = [
-    OpenQuestion(id=f"s{i}", task="squad", question="Who?", context=f"C{i}", answers=("A",)) for i in range(4)
-]
+OPEN = [OpenQuestion(id=f"s{i}", task="squad", question="Who?", context=f"C{i}", answers=("A",)) for i in range(4)]
 OPEN += [OpenQuestion(id=f"g{i}", task="gsm8k", question=f"{i}+1?", answers=(str(i + 1),)) for i in range(4)]
 
 
@@ -82,9 +80,7 @@ def test_an_outcomes_table_has_all_its_columns_and_is_asked_for_once(
     assert "cloud_correct" not in examination.local("r14", model)
 
 
-def test_open_ended_outcomes_are_a_table_for_routing(
-    small: Settings, tmp_path: Path, engine: Scripted
-) -> None:
+def test_open_ended_outcomes_are_a_table_for_routing(small: Settings, tmp_path: Path, engine: Scripted) -> None:
     examination = OpenExamination(small, Store(tmp_path / "run"), "open", OPEN, Loan(lambda _: engine))
     table = routing.check_outcomes(examination.outcomes("r14", Path(__file__)))
     assert table["local_correct"].tolist() == [1, 1, 1, 1, 0, 1, 0, 0]
@@ -101,9 +97,7 @@ def test_the_branch_round_replays_the_whole_buffer_and_drops_unsolved_problems(
 ) -> None:
     trained: list[list[dict[str, Any]]] = []
 
-    def note(
-        model: Path, rows: Any, settings: Settings, out: Path, seed: int, template: Any
-    ) -> dict[str, Any]:
+    def note(model: Path, rows: Any, settings: Settings, out: Path, seed: int, template: Any) -> dict[str, Any]:
         trained.append(list(rows))
         out.mkdir()
         (out / "weights").write_text(str(len(trained)))
@@ -135,9 +129,7 @@ def test_paired_change_is_that_of_the_same_questions() -> None:
     table = stats.paired_change(before, after, resamples=500).set_index("domain")
     mean = table.loc["mean"]
     assert mean["difference"] == pytest.approx(mean["after"] - mean["before"])
-    assert (
-        0 < mean["difference_low"] < mean["difference"] < mean["difference_high"] < 0.2 and mean["p"] < 0.01
-    )
+    assert 0 < mean["difference_low"] < mean["difference"] < mean["difference_high"] < 0.2 and mean["p"] < 0.01
     # The interval of the paired change is narrower than that of either accuracy.
     assert mean["difference_high"] - mean["difference_low"] < mean["after_high"] - mean["after_low"]
     same = stats.paired_change(before, before, resamples=50).set_index("domain").loc["mean"]

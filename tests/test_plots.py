@@ -43,15 +43,9 @@ def tasks() -> pd.DataFrame:
 
 
 FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
-    "accuracy_curve": lambda o: plots.accuracy_curve(
-        routing.share_curve(o, resamples=20), (0.2, 0.7), (0.219, 0.678)
-    ),
-    "matched_curves": lambda o: plots.matched_curves(
-        {"confidence": routing.share_curve(o, resamples=20)}, 0.2
-    ),
-    "cost_curves": lambda o: plots.cost_curves(
-        {"confidence": routing.share_curve(o, resamples=20)}, {"confidence": 1}
-    ),
+    "accuracy_curve": lambda o: plots.accuracy_curve(routing.share_curve(o, resamples=20), (0.2, 0.7), (0.219, 0.678)),
+    "matched_curves": lambda o: plots.matched_curves({"confidence": routing.share_curve(o, resamples=20)}, 0.2),
+    "cost_curves": lambda o: plots.cost_curves({"confidence": routing.share_curve(o, resamples=20)}, {"confidence": 1}),
     "reliability": plots.reliability,
     "reliability graded": lambda o: plots.reliability(o, "graded_confidence", "graded"),
     "histogram": plots.confidence_histogram,

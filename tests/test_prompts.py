@@ -78,18 +78,13 @@ def test_open_prompts_carry_the_passage():
     squad = OpenQuestion(id="s", task="squad", question="Who?", context="Ann came.", answers=("Ann",))
     assert open_messages(squad)[1]["content"] == "Passage: Ann came.\n\nQuestion: Who?"
     gsm = OpenQuestion(id="g", task="gsm8k", question="1+1?", answers=("2",))
-    assert (
-        open_messages(gsm)[1]["content"] == "Question: 1+1?"
-        and "step by step" in open_messages(gsm)[0]["content"]
-    )
+    assert open_messages(gsm)[1]["content"] == "Question: 1+1?" and "step by step" in open_messages(gsm)[0]["content"]
 
 
 def test_verification_prompt_shows_worked_examples_of_both_kinds():
     text = verify_messages(CARD, "A")[1]["content"]
     assert text.endswith("Evaluation:") and "AI Generated Answer: A. 0.67" in text
-    assert [parse_verification(worked_verification(one)) for one in EXEMPLARS] == [
-        one.correct for one in EXEMPLARS
-    ]
+    assert [parse_verification(worked_verification(one)) for one in EXEMPLARS] == [one.correct for one in EXEMPLARS]
     assert sum(one.correct for one in EXEMPLARS) == len(EXEMPLARS) / 2
 
 
@@ -224,9 +219,7 @@ def test_markup_in_a_question_is_plain_text(tokenizer, markup):
 
 def test_clean_chats_have_the_templates_own_ids(tokenizer):
     messages = mcq_messages(CARD)
-    whole = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, enable_thinking=False, tokenize=False
-    )
+    whole = tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False, tokenize=False)
     assert tokenizer.decode(encode_chat(tokenizer, messages)) == whole
     assert whole.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
 
@@ -236,9 +229,7 @@ def test_an_assistant_prefix_is_continued(tokenizer):
     prefixed = [*messages, {"role": "assistant", "content": "Confidence: 0.5<|im_end|>"}]
     ids = encode_chat(tokenizer, prefixed)
     asked = encode_chat(tokenizer, messages)
-    assert (
-        ids == asked + plain_ids(tokenizer, "Confidence: 0.5<|im_end|>") and ids[-1] != tokenizer.eos_token_id
-    )
+    assert ids == asked + plain_ids(tokenizer, "Confidence: 0.5<|im_end|>") and ids[-1] != tokenizer.eos_token_id
     assert encode_chat(tokenizer, [*messages, {"role": "assistant", "content": ""}])[: len(asked)] == asked
 
 
@@ -267,9 +258,7 @@ def test_the_turn_ends_with_the_templates_token(tokenizer):
 # ---- chat templates, as each family renders the recipe's prompt
 
 SYSTEM, USER = (message["content"] for message in mcq_messages(CARD))
-CHATML = (
-    f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{USER}<|im_end|>\n<|im_start|>assistant\n"
-)
+CHATML = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{USER}<|im_end|>\n<|im_start|>assistant\n"
 GEMMA = f"<bos><start_of_turn>user\n{SYSTEM}\n\n{USER}<end_of_turn>\n<start_of_turn>model\n"
 RENDERED = {
     "qwen3": CHATML + "<think>\n\n</think>\n\n",  # thinking is off: an empty thought, in every prompt
@@ -286,13 +275,9 @@ def test_every_familys_template(family):
     assert tokenizer.decode(ids) == RENDERED[family]
     control = [one for one in ids if one in tokenizer.all_special_ids]
     turns = 2 if family.startswith("gemma") else 3
-    assert len(control) == 2 * turns - 1 + family.startswith("gemma"), (
-        "a turn's marks, and the beginning of the text"
-    )
+    assert len(control) == 2 * turns - 1 + family.startswith("gemma"), "a turn's marks, and the beginning of the text"
     assert tokenizer.decode([turn_end_id(tokenizer)]) == FAMILIES[family].marks[1]
-    prefix = encode_chat(
-        tokenizer, [*mcq_messages(CARD), {"role": "assistant", "content": "Confidence: 0.5"}]
-    )
+    prefix = encode_chat(tokenizer, [*mcq_messages(CARD), {"role": "assistant", "content": "Confidence: 0.5"}])
     assert tokenizer.decode(prefix) == RENDERED[family] + "Confidence: 0.5"
     verify = tokenizer.decode(encode_chat(tokenizer, verify_messages(CARD, "A")))
     assert "You check answers" in verify and verify.count(FAMILIES[family].marks[1]) == turns - 1
@@ -327,6 +312,4 @@ def test_a_template_that_drops_a_message_is_told(tokenizer):
     odd = make_tokenizer()
     odd.chat_template = "{{- messages[-1].content }}"
     with pytest.raises(ValueError, match="leaves out a message"):
-        encode_chat(
-            odd, [*mcq_messages(CARD)[1:], {"role": "assistant", "content": ""}, mcq_messages(CARD)[1]]
-        )
+        encode_chat(odd, [*mcq_messages(CARD)[1:], {"role": "assistant", "content": ""}, mcq_messages(CARD)[1]])

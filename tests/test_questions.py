@@ -29,15 +29,11 @@ GOOD = {"id": "q1", "domain": "law", "question": "Why?", "options": ["a", "b"], 
 
 
 def jsonl(path: Path, *rows: object) -> Path:
-    path.write_text(
-        "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8"
-    )
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
     return path
 
 
-@pytest.mark.skipif(
-    not SHARED.is_dir(), reason=f"no external question sets beside this checkout ({SHARED.name})"
-)
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no external question sets beside this checkout ({SHARED.name})")
 def test_external_question_sets_load():
     questions = load_questions(SHARED)
     assert len(questions) == 1317 and {question.domain for question in questions} == set(DOMAINS)
@@ -48,9 +44,7 @@ def test_external_question_sets_load():
 
 
 def test_unknown_fields_are_ignored_and_known_ones_kept(tmp_path):
-    (question,) = load_questions(
-        jsonl(tmp_path / "q.jsonl", {**GOOD, "source": "x", "fact": "f", "lang": "kk"}, "")
-    )
+    (question,) = load_questions(jsonl(tmp_path / "q.jsonl", {**GOOD, "source": "x", "fact": "f", "lang": "kk"}, ""))
     assert (question.fact, question.lang, question.unit, question.options) == ("f", "kk", "f", ("a", "b"))
 
 
@@ -77,14 +71,10 @@ def test_all_bad_rows_are_told_together(tmp_path):
     lines = str(error.value).splitlines()
     for number, field in [(3, "answer"), (4, "options"), (5, "options"), (6, "options"), (7, "question"),
                           (8, "options"), (9, "answer"), (10, "domain"), (12, "id")]:  # fmt: skip
-        assert any(
-            f"one.jsonl, line {number}: field `{field}`" in line and "expected:" in line for line in lines
-        )
+        assert any(f"one.jsonl, line {number}: field `{field}`" in line and "expected:" in line for line in lines)
     assert any("one.jsonl, line 2: not JSON" in line for line in lines)
     assert any("one.jsonl, line 11: field `row`" in line for line in lines)
-    assert any(
-        "two.jsonl, line 1: field `id`: 'q1' stands in one.jsonl, line 1 already" in line for line in lines
-    )
+    assert any("two.jsonl, line 1: field `id`: 'q1' stands in one.jsonl, line 1 already" in line for line in lines)
     assert any("wrong.jsonl: not UTF-8" in line for line in lines)
     assert len(lines) == 14, str(error.value)
     assert lines[0].startswith("13 problem(s), nothing was loaded")
@@ -167,10 +157,8 @@ def test_describe_states_chance_and_gold_letters(questions):
 
 def test_near_duplicates_see_through_shuffled_options():
     one, *rest = make_questions(3, ("law",))
-    twin = one.model_copy(
-        update={"id": "twin", "options": one.options[::-1], "question": one.question.upper()}
-    )
-    assert [
-        (pair.first, pair.second, pair.similarity) for pair in near_duplicates([one], [*rest, twin], 0.99)
-    ] == [(one.id, "twin", 1.0)]
+    twin = one.model_copy(update={"id": "twin", "options": one.options[::-1], "question": one.question.upper()})
+    assert [(pair.first, pair.second, pair.similarity) for pair in near_duplicates([one], [*rest, twin], 0.99)] == [
+        (one.id, "twin", 1.0)
+    ]
     assert near_duplicates([one], [], 0.5) == [] and len(near_duplicates([one], rest, 0.1)) == 2

@@ -39,9 +39,7 @@ def block(mark: str) -> str:
 def test_the_result_table_is_the_stored_study() -> None:
     shown = re.search(r"<!-- results: begin -->\n(.*?)\n<!-- results: end -->", README, flags=re.DOTALL)
     table = study.readme_table(study.load_results("pocket")["summary"], "pocket")
-    assert shown and shown.group(1) == table, (
-        "run: python -c 'from foggen import study; study.update_readme()'"
-    )
+    assert shown and shown.group(1) == table, "run: python -c 'from foggen import study; study.update_readme()'"
 
 
 def test_its_figure_is_drawn_from_the_stored_study(tmp_path: Path) -> None:
@@ -85,9 +83,7 @@ def test_every_profile_and_every_reading_of_ours_is_listed() -> None:
 
 def commands() -> list[str]:
     """Every command line of the README, without comments and what is fed to it."""
-    text = re.sub(r"<<'END'.*?^END$", "", "\n".join(BLOCKS), flags=re.DOTALL | re.MULTILINE).replace(
-        "\\\n", " "
-    )
+    text = re.sub(r"<<'END'.*?^END$", "", "\n".join(BLOCKS), flags=re.DOTALL | re.MULTILINE).replace("\\\n", " ")
     lines = [re.sub(r"\s+#.*", "", line).strip() for line in text.splitlines()]
     return [line for line in lines if line]
 
@@ -106,13 +102,9 @@ def clone(tmp_path: Path) -> Path:
 def shell(script: str, clone: Path, **variables: str) -> str:
     """Runs a script at the root of a clone whose environment is set up already; returns what it printed."""
     ready = 'make() { command make -o .venv/.pinned "$@"; }\nset -e\n'
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("FOGGEN", "MAKE"))
-    }
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("FOGGEN", "MAKE"))}
     environment |= {"PYTHONPATH": str(clone / "lib"), **variables}
-    done = subprocess.run(
-        ["bash", "-c", ready + script], cwd=clone, env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run(["bash", "-c", ready + script], cwd=clone, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 
@@ -166,9 +158,7 @@ class Cloud(BaseHTTPRequestHandler):
             "message": {"role": "assistant", "content": "Confidence: 1.0\nFinal answer: B"},
             "finish_reason": "stop",
         }
-        data = json.dumps(
-            {"choices": [choice], "usage": {"prompt_tokens": 9, "completion_tokens": 9}}
-        ).encode()
+        data = json.dumps({"choices": [choice], "usage": {"prompt_tokens": 9, "completion_tokens": 9}}).encode()
         self.send_response(200 if known else 401)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))

@@ -19,9 +19,7 @@ def write(path: Path, outcomes: pd.DataFrame) -> str:
 
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = write(tmp_path / "a<b.csv", make_outcomes(40, rich=True))
-    train = write(
-        tmp_path / "train.csv", make_outcomes(40, rich=True, seed=5).assign(id=lambda f: "t" + f["id"])
-    )
+    train = write(tmp_path / "train.csv", make_outcomes(40, rich=True, seed=5).assign(id=lambda f: "t" + f["id"]))
     out = tmp_path / "report"
     assert report.main([given, "--out", str(out), "--train", train, "--resamples", "50"]) == 0
     page = (out / "index.html").read_text()
@@ -37,10 +35,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_least_table(tmp_path: Path) -> None:
     plain = make_outcomes(10, 1).assign(confidence="")  # and no confidence was parsed
-    assert (
-        report.main([write(tmp_path / "a.csv", plain), "--out", str(tmp_path / "a"), "--resamples", "20"])
-        == 0
-    )
+    assert report.main([write(tmp_path / "a.csv", plain), "--out", str(tmp_path / "a"), "--resamples", "20"]) == 0
     assert "text-only router" not in (tmp_path / "a" / "index.html").read_text()
 
 

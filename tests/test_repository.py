@@ -25,9 +25,9 @@ PINS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependen
 
 
 def tracked(*endings: str) -> list[Path]:
-    listed = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.split("\n")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split(
+        "\n"
+    )
     files = [ROOT / name for name in listed if name.endswith(endings)]
     if not files:
         pytest.skip("not a git checkout: its files cannot be listed")
@@ -81,9 +81,7 @@ class TestNotebook:
         source = ["".join(cell["source"]) for cell in cells(notebook)]
         assert all(text.strip() for text in source), "an empty cell"
         assert source[0].startswith("# "), "the title comes first"
-        code = [
-            text for text, cell in zip(source, cells(notebook), strict=True) if cell["cell_type"] == "code"
-        ]
+        code = [text for text, cell in zip(source, cells(notebook), strict=True) if cell["cell_type"] == "code"]
         assert max(len(text.splitlines()) for text in code) < 30
         assert {tag for cell in cells(notebook) for tag in cell["metadata"].get("tags", [])} <= {
             "parameters",
@@ -102,13 +100,9 @@ class TestNotebook:
         if notebook in chain:
             place = chain.index(notebook)
             beside = {*chain[max(place - 1, 0) : place], *chain[place + 1 : place + 2]}
-            assert all(f"({path.name})" in first for path in beside), (
-                "links to the notebooks before and after"
-            )
+            assert all(f"({path.name})" in first for path in beside), "links to the notebooks before and after"
         text = [cell for cell in cells(notebook) if cell["cell_type"] == "markdown"]
-        heads = re.findall(
-            r"^## (.+)$", "\n".join("".join(one["source"]) for one in text), flags=re.MULTILINE
-        )
+        heads = re.findall(r"^## (.+)$", "\n".join("".join(one["source"]) for one in text), flags=re.MULTILINE)
         assert {"Result", "Exercises"} <= set(heads)
         sizes = [len(cell["source"]) for cell in cells(notebook) if cell["cell_type"] == "code"]
         assert 0.4 <= len(text) / len(cells(notebook)) <= 0.65 and median(sizes) < 8

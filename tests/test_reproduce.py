@@ -23,11 +23,7 @@ PARAMETERS = 'profile = "pocket"\nrun = "runs/pocket"\nseed = 0\noverrides = {}'
 
 def notebook(folder: Path, name: str, *cells: str, finish: bool = True) -> Path:
     """A notebook with the usual parameters cell, `cells`, and the usual last cell."""
-    last = (
-        [f'from foggen.store import finish\nfinish(run, "{name}", f"seed {{seed}}", pid=1);']
-        if finish
-        else []
-    )
+    last = [f'from foggen.store import finish\nfinish(run, "{name}", f"seed {{seed}}", pid=1);'] if finish else []
     book = nbformat.v4.new_notebook()
     book.cells = [nbformat.v4.new_code_cell(source) for source in (PARAMETERS, *cells, *last)]
     book.cells[0].metadata["tags"] = ["parameters"]
@@ -81,9 +77,7 @@ def test_force_runs_again(folders, capsys):
     notebook(folders[0], "01_first")
     assert run(folders) == 0
     assert run(folders, "--force") == 0
-    assert "kept" not in capsys.readouterr().out.split("seed 0")[1].split("Look into")[0].replace(
-        "(kept)", "x"
-    )
+    assert "kept" not in capsys.readouterr().out.split("seed 0")[1].split("Look into")[0].replace("(kept)", "x")
 
 
 def test_failure_names_cell_source_traceback_and_resume(folders, capsys):
@@ -170,15 +164,11 @@ def test_publish_strips_the_machine(folders, monkeypatch, tmp_path, capsys):
     assert re.search(r"`pocket`: \d+ s, \d\.\d GiB; `paper`: not measured \|$", title.source)
     book.cells = cells
     assert [cell.execution_count for cell in book.cells] == [1, 2, 3, 4]
-    assert "papermill" not in json.dumps(book) and "noise" not in json.dumps(
-        [cell.outputs for cell in book.cells]
-    )
+    assert "papermill" not in json.dumps(book) and "noise" not in json.dumps([cell.outputs for cell in book.cells])
     assert book.cells[2].outputs[0].text == "result\n"
     readme = (tmp_path / "README.md").read_text()
     assert (
-        "| [01_first](notebooks/01_first.ipynb) | Who? |" in readme
-        and "old" not in readme
-        and readme.endswith("after")
+        "| [01_first](notebooks/01_first.ipynb) | Who? |" in readme and "old" not in readme and readme.endswith("after")
     )
     assert all(set(cell.metadata) <= {"tags"} for cell in book.cells)
     assert run(folders, "--publish", "--seed", "3") == 2
@@ -228,7 +218,6 @@ def test_ten_kills_end_with_the_same_tables(folders, tmp_path):
 
     assert tables(folders[1]) == tables(tmp_path / "whole") and len(tables(folders[1])) == 2
     stages = [
-        sorted(folder.name for folder in Store(where).stages.iterdir())
-        for where in (folders[1], tmp_path / "whole")
+        sorted(folder.name for folder in Store(where).stages.iterdir()) for where in (folders[1], tmp_path / "whole")
     ]
     assert stages[0] == stages[1] and not any(name.startswith(".tmp") for name in stages[0])

@@ -116,9 +116,7 @@ def test_rotation_replay_and_buffer(small, tmp_path, questions, fake_sft):
         assert ids[:2] == new[number] and len(ids) == 2 + min(5, len(buffer))
         assert set(ids[2:]) <= set(buffer)
         buffer += new[number]
-    assert len(set(buffer)) == 4 + 4 * 2 and buffer.count(buffer[-1]) > 1, (
-        "fresh questions while there are any"
-    )
+    assert len(set(buffer)) == 4 + 4 * 2 and buffer.count(buffer[-1]) > 1, "fresh questions while there are any"
 
 
 def test_no_replay_and_relabelled_replay(small, tmp_path, questions, fake_sft):
@@ -127,9 +125,7 @@ def test_no_replay_and_relabelled_replay(small, tmp_path, questions, fake_sft):
     again = override(small, {"relabel_replay": True})
     run_chain(again, Store(tmp_path / "b"), questions, questions, Scripted)
     assert [len(rows) for rows in fake_sft[2:]] == [9, 9]
-    assert any(
-        folder.name.startswith("r01-replay-samples") for folder in (tmp_path / "b" / "stages").iterdir()
-    )
+    assert any(folder.name.startswith("r01-replay-samples") for folder in (tmp_path / "b" / "stages").iterdir())
 
 
 def test_only_what_changed_is_computed_again(small, tmp_path, questions, fake_sft):
@@ -163,9 +159,7 @@ def test_calibration_buffer_is_balanced(small, questions):
 
 def test_a_domain_without_questions_is_told(small, tmp_path, questions):
     with pytest.raises(SettingsError, match=r"domains: no training questions for alchemy; there are finance"):
-        run_chain(
-            override(small, {"domains": ["law", "alchemy"]}), Store(tmp_path), questions, questions, Scripted
-        )
+        run_chain(override(small, {"domains": ["law", "alchemy"]}), Store(tmp_path), questions, questions, Scripted)
 
 
 def test_a_model_that_is_nowhere_is_told_without_the_hub():

@@ -42,12 +42,7 @@ def test_the_toy_table_by_hand() -> None:
     row = routing.routing_table(TOY, resamples=50).iloc[0]
     # c and the unparsed d are routed: 1, 0, 1, 0 right
     assert row[["cloud", "raw", "routed", "sysacc"]].tolist() == [0.75, 0.5, 0.5, 0.5]
-    assert (
-        row["random"] == 0.625
-        and row["lift"] == -0.125
-        and row["oracle"] == 1.0
-        and row["gap_recovered"] == 0
-    )
+    assert row["random"] == 0.625 and row["lift"] == -0.125 and row["oracle"] == 1.0 and row["gap_recovered"] == 0
     assert row["gold_share"] == 0.75 and row["chance"] == (3 / 4 + 1 / 2) / 4 and row["n"] == 4
 
 
@@ -84,9 +79,7 @@ def test_means_are_over_domains_not_questions() -> None:
         assert (table[f"{name}_low"] <= table[name] + 1e-6).all() and (
             table[name] <= table[f"{name}_high"] + 1e-6
         ).all()
-    assert mean["gap_recovered"] == pytest.approx(
-        (mean["sysacc"] - mean["raw"]) / (mean["cloud"] - mean["raw"])
-    )
+    assert mean["gap_recovered"] == pytest.approx((mean["sysacc"] - mean["raw"]) / (mean["cloud"] - mean["raw"]))
     assert table["n"].tolist() == [30, 300, 330]
 
 
@@ -185,9 +178,12 @@ def test_all_problems_are_reported_together_and_booleans_are_read() -> None:
     with pytest.raises(OutcomesError) as caught:
         check_outcomes(frame)
     assert str(caught.value).count("\n") == 4
-    assert check_outcomes(TOY.assign(local_correct=["True", "false", False, True]))[
-        "local_correct"
-    ].tolist() == [1, 0, 0, 1]
+    assert check_outcomes(TOY.assign(local_correct=["True", "false", False, True]))["local_correct"].tolist() == [
+        1,
+        0,
+        0,
+        1,
+    ]
     with pytest.raises(OutcomesError, match="and 3980 more"):
         check_outcomes(pd.concat([TOY.assign(local_correct=2)] * 1000))
 
@@ -228,18 +224,13 @@ def test_degenerate_outcomes_have_no_unexplained_nan(name: str) -> None:
 
 
 def test_degenerate_values() -> None:
-    found = {
-        name: routing.routing_table(outcomes, resamples=50).iloc[-1]
-        for name, outcomes in degenerate().items()
-    }
+    found = {name: routing.routing_table(outcomes, resamples=50).iloc[-1] for name, outcomes in degenerate().items()}
     assert found["all routed"]["sysacc"] == found["all routed"]["cloud"] and found["all routed"]["lift"] == 0
     assert found["never parsed"]["routed"] == 1 and found["none routed"]["routed"] == 0
     assert found["none routed"]["sysacc"] == found["none routed"]["raw"] and found["none routed"]["lift"] == 0
     assert found["cloud worse"]["sysacc"] < 1 and "no gap to recover" in found["cloud worse"]["note"]
     assert "without empty" in found["a domain empty"]["note"]
-    assert (
-        routing.routing_table(degenerate()["a domain empty"], resamples=5)["note"].iloc[2] == "no questions"
-    )
+    assert routing.routing_table(degenerate()["a domain empty"], resamples=5)["note"].iloc[2] == "no questions"
 
 
 def test_seed_columns() -> None:
@@ -272,9 +263,7 @@ def test_the_curve_joins_local_and_cloud_through_the_threshold(score: str) -> No
 
 
 def test_percent() -> None:
-    table = pd.DataFrame(
-        {"domain": ["a", "b"], "n": [3, 0], "lift": [0.046, math.nan], "lift_low": [0.04, math.nan]}
-    )
+    table = pd.DataFrame({"domain": ["a", "b"], "n": [3, 0], "lift": [0.046, math.nan], "lift_low": [0.04, math.nan]})
     shown = routing.percent(table.assign(lift_high=[0.05, math.nan], raw=[-1e-9, 1.0], p=[0.0001, math.nan]))
     assert shown["lift"].tolist() == ["+4.6 [+4.0, +5.0]", "-"] and shown["raw"].tolist() == ["0.0", "100.0"]
     assert shown["p"].tolist() == ["0.0001", "-"] and shown["n"].tolist() == [3, 0]
@@ -310,10 +299,7 @@ def test_tau_for_a_risk() -> None:
 def test_the_risk_bound_fails_at_most_delta_of_the_time(max_risk: float, true_safe: float) -> None:
     # true risks .15 at tau 1, .241 at .75, .310 at .5: the next bucket is just unsafe
     delta, runs = 0.1, 1000
-    taus = [
-        routing.choose_tau(make_outcomes(400, 1, seed), max_risk=max_risk, delta=delta).tau
-        for seed in range(runs)
-    ]
+    taus = [routing.choose_tau(make_outcomes(400, 1, seed), max_risk=max_risk, delta=delta).tau for seed in range(runs)]
     failed = np.mean(np.array(taus) < true_safe)
     assert failed <= delta + 2 * math.sqrt(delta * (1 - delta) / runs)
     assert true_safe == math.inf or np.mean(np.isfinite(taus)) > 0.5  # not bought by always asking the cloud
@@ -330,10 +316,7 @@ def test_baselines_at_matched_share() -> None:
     table = routing.baselines_table(outcomes, train, resamples=200)
     mean = table[table["domain"] == "mean"].set_index("method")
     plain = routing.routing_table(outcomes, resamples=10).iloc[-1]
-    assert (
-        mean.loc["FogGen", "sysacc"] == pytest.approx(plain["sysacc"])
-        and mean.loc["FogGen", "difference"] == 0
-    )
+    assert mean.loc["FogGen", "sysacc"] == pytest.approx(plain["sysacc"]) and mean.loc["FogGen", "difference"] == 0
     assert mean.loc["oracle", "sysacc"] == pytest.approx(plain["oracle"])
     assert mean.loc[["random", "always 1.0", "cloud only", "local only"], "lift"].abs().max() < 1e-9
     assert mean.loc["cloud only", "sysacc"] == pytest.approx(plain["cloud"])

@@ -30,17 +30,12 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
     "text": [{"question": q, "options": o, "correct_answer": o[g]} for q, o, g in ROWS],
     "letter with text": [{"question": q, "options": o, "answer": f"({L[g]}) {o[g]}"} for q, o, g in ROWS],
     "lower-case letter": [{"question": q, "options": o, "answer": L[g].lower()} for q, o, g in ROWS],
-    "options dict": [
-        {"question": q, "options": dict(zip(L, o, strict=True)), "answer": L[g]} for q, o, g in ROWS
-    ],
+    "options dict": [{"question": q, "options": dict(zip(L, o, strict=True)), "answer": L[g]} for q, o, g in ROWS],
     "options list with marks": [
-        {"question": q, "options": [f"{a}){t}" for a, t in zip(L, o, strict=True)], "correct": L[g]}
-        for q, o, g in ROWS
+        {"question": q, "options": [f"{a}){t}" for a, t in zip(L, o, strict=True)], "correct": L[g]} for q, o, g in ROWS
     ],
     "columns A to D": [{"question": q, **dict(zip(L, o, strict=True)), "answer": L[g]} for q, o, g in ROWS],
-    "columns a to d": [
-        {"question": q, **dict(zip("abcd", o, strict=True)), "answer_label": L[g]} for q, o, g in ROWS
-    ],
+    "columns a to d": [{"question": q, **dict(zip("abcd", o, strict=True)), "answer_label": L[g]} for q, o, g in ROWS],
     "an answer in words beside the answer's label": [
         {
             "question": q,
@@ -66,8 +61,7 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
         {"question": q, "choices": {"text": o, "label": list(L)}, "answerKey": L[g]} for q, o, g in ROWS
     ],
     "choices with numbers as labels": [
-        {"question": q, "choices": {"text": o, "label": list("1234")}, "answerKey": str(g + 1)}
-        for q, o, g in ROWS
+        {"question": q, "choices": {"text": o, "label": list("1234")}, "answerKey": str(g + 1)} for q, o, g in ROWS
     ],
     "nested stem and choices": [
         {
@@ -123,9 +117,7 @@ def test_csv_and_parquet_files(ending: str, tmp_path: Path) -> None:
 def test_named_columns_stand_over_recognised_ones() -> None:
     rows = [{"question": "?", "text": q, "opts": o, "answer": 0, "right": g} for q, o, g in ROWS]
     given = Columns(question="text", options="opts", answer="right")
-    assert [(row["question"], row["answer"]) for row in canonical(rows, given)] == [
-        (q, L[g]) for q, _, g in ROWS
-    ]
+    assert [(row["question"], row["answer"]) for row in canonical(rows, given)] == [(q, L[g]) for q, _, g in ROWS]
     one_by_one = [{"q": q, "w": o[0], "x": o[1], "y": o[2], "z": o[3], "k": g} for q, o, g in ROWS]
     given = Columns(question="q", options=["w", "x", "y", "z"], answer="k")
     assert [row["options"] for row in canonical(one_by_one, given)] == TEXTS

@@ -83,9 +83,7 @@ def test_accuracy_at_share_by_hand() -> None:
 
 
 @given(ROWS, st.floats(0, 1))
-def test_no_router_beats_the_oracle_at_a_share(
-    rows: list[tuple[float, bool, bool, int]], share: float
-) -> None:
+def test_no_router_beats_the_oracle_at_a_share(rows: list[tuple[float, bool, bool, int]], share: float) -> None:
     score, local, cloud, weights, *_ = expanded([(*row[:3], row[3] + 1) for row in rows])
     found = stats.accuracy_at_share(score, local, cloud, weights, share)[0]
     assert found <= stats.accuracy_at_share(local - cloud, local, cloud, weights, share)[0] + 1e-9
@@ -115,9 +113,7 @@ def test_debiased_ece_is_nearer_to_the_truth() -> None:
     dice = np.random.default_rng(0)
     confidence = dice.choice(LEVELS[1:4], 200)
     found = [
-        stats.ece(
-            confidence, (dice.random(200) < confidence) * 1.0, np.ones((1, 200)), stats.buckets(confidence)
-        )
+        stats.ece(confidence, (dice.random(200) < confidence) * 1.0, np.ones((1, 200)), stats.buckets(confidence))
         for _ in range(300)
     ]
     plain, debiased = np.mean(found, axis=0).ravel()
@@ -158,11 +154,7 @@ def test_calibration_table_has_n_intervals_and_no_unexplained_nan() -> None:
 def test_counts_resample_whole_clusters() -> None:
     codes = np.array([0, 0, 1, 2, 2, 2])
     counts = stats.draw_counts(codes, 500, np.random.default_rng(0))
-    assert (
-        counts.shape == (500, 6)
-        and (counts[:, 0] == counts[:, 1]).all()
-        and (counts[:, 3] == counts[:, 5]).all()
-    )
+    assert counts.shape == (500, 6) and (counts[:, 0] == counts[:, 1]).all() and (counts[:, 3] == counts[:, 5]).all()
     assert (counts[:, [0, 2, 3]].sum(axis=1) == 3).all()
 
 
@@ -185,8 +177,7 @@ def test_bootstrap_is_seeded_and_pools_seeds_by_question() -> None:
 def test_cluster_intervals_are_wider_than_naive_ones() -> None:
     outcomes = make_outcomes(400, per_fact=4)
     facts, questions = (
-        stats.calibration_table(table, resamples=500).iloc[-1]
-        for table in (outcomes, outcomes.drop(columns="fact"))
+        stats.calibration_table(table, resamples=500).iloc[-1] for table in (outcomes, outcomes.drop(columns="fact"))
     )
     width = [row["brier_high"] - row["brier_low"] for row in (facts, questions)]
     assert width[0] > 1.6 * width[1]  # about sqrt(4)
@@ -195,8 +186,7 @@ def test_cluster_intervals_are_wider_than_naive_ones() -> None:
 def test_intervals_centre_the_draws_and_keep_the_range() -> None:
     draws = np.random.default_rng(0).normal(0.03, 0.01, (1, 4000, 1)).clip(0)
     wide, narrow = (
-        stats.Bootstrap(("a",), ("m",), np.array([[0.02]]), draws, np.array([n])).interval()
-        for n in (10, 9999)
+        stats.Bootstrap(("a",), ("m",), np.array([[0.02]]), draws, np.array([n])).interval() for n in (10, 9999)
     )
     assert [float(end[0, 0]) for end in narrow] == pytest.approx([0.02 - 0.0196, 0.02 + 0.0196], abs=1e-3)
     assert wide[0] == 0 and wide[1] > narrow[1]  # never below 0, as no draw is
@@ -227,8 +217,7 @@ def test_nested_bootstrap_contains_the_noise_of_choosing() -> None:
         return pd.DataFrame({"sysacc": [right.mean()], "routed": [1 - keep.mean()]})
 
     nested, fixed = (
-        stats.nested_bootstrap(dev, test, fit, evaluate, resamples=200).iloc[0]
-        for fit in (best, lambda _: best(dev))
+        stats.nested_bootstrap(dev, test, fit, evaluate, resamples=200).iloc[0] for fit in (best, lambda _: best(dev))
     )
     assert nested["routed_high"] - nested["routed_low"] > fixed["routed_high"] - fixed["routed_low"]
     assert nested["sysacc"] == fixed["sysacc"] and nested["n"] == 800

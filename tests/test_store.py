@@ -47,9 +47,7 @@ def test_key_holds_settings_inputs_and_code(store, tmp_path):
     file = tmp_path / "in.txt"
     file.write_text("1")
     keys = {store.stage("s", {"a": 1, "b": 2}, [file], write("x"), [write])}
-    assert store.stage("s", {"b": 2, "a": 1}, [file], write("x"), [write]) in keys, (
-        "order of settings is nothing"
-    )
+    assert store.stage("s", {"b": 2, "a": 1}, [file], write("x"), [write]) in keys, "order of settings is nothing"
     keys.add(store.stage("s", {"a": 2, "b": 2}, [file], write("x"), [write]))
     keys.add(store.stage("s", {"a": 1, "b": 2}, [file], write("x"), [test_a_stage_is_computed_once]))
     file.write_text("2")
@@ -138,9 +136,7 @@ def test_code_version_ignores_layout_comments_and_docstrings(tmp_path):
     plain = version('def f(x):\n    """Says."""\n    return x + 1\n', "a")
     assert version("# why\ndef f( x ):\n\n    return (x + 1)\n", "b") == plain
     assert version("def f(x):\n    return x + 2\n", "c") != plain
-    assert version('"""Module."""\nclass A:\n    """Only a docstring."""\n', "d") == version(
-        "class A:\n    ''\n", "e"
-    )
+    assert version('"""Module."""\nclass A:\n    """Only a docstring."""\n', "d") == version("class A:\n    ''\n", "e")
 
 
 def test_code_version_of_a_package_reads_all_its_files(tmp_path):

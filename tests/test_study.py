@@ -50,9 +50,7 @@ def summary() -> pd.DataFrame:
 
 
 def value(summary: pd.DataFrame, variant: str, metric: str) -> pd.Series:
-    row = summary[
-        (summary["variant"] == variant) & (summary["metric"] == metric) & (summary["domain"] == stats.MEAN)
-    ]
+    row = summary[(summary["variant"] == variant) & (summary["metric"] == metric) & (summary["domain"] == stats.MEAN)]
     assert len(row) == 1
     return row.iloc[0]
 

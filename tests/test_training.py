@@ -38,9 +38,7 @@ def test_training_and_inference_see_the_same_ids(tokenizer):
     assert turn_end_id(tokenizer) == tokenizer.eos_token_id != tokenizer.pad_token_id
 
 
-def batches(
-    model: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch, out: Path
-) -> list[dict[str, Any]]:
+def batches(model: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch, out: Path) -> list[dict[str, Any]]:
     """The batches that the trainer really computes the loss of."""
     from trl.trainer.sft_trainer import SFTTrainer
 
@@ -67,9 +65,7 @@ def test_trainer_takes_the_ids_as_they_are_and_learns_the_completion_only(
         expected[tuple(coded["input_ids"])] = [token if on else -100 for token, on in pairs]
     found = {}
     for batch in batches(tiny_model, small, monkeypatch, tmp_path / "out"):
-        for ids, mask, labels in zip(
-            batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True
-        ):
+        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
             n = int(mask.sum())
             assert set(labels[n:].tolist()) <= {-100}, "padding is not learned"
             found[tuple(ids[:n].tolist())] = labels[:n].tolist()
@@ -93,8 +89,7 @@ def test_end_of_turn_is_learned_even_where_it_pads(tiny_model, small, monkeypatc
 def test_batches_hold_rows_of_like_length(tiny_model, small, monkeypatch, tmp_path):
     """Sorted within eight rows at a time here, so at most one pair of four is unlike; half would be by chance."""
     mixed = [
-        {**row, "messages": row["messages"][1:] if place % 2 else row["messages"]}
-        for place, row in enumerate(ROWS)
+        {**row, "messages": row["messages"][1:] if place % 2 else row["messages"]} for place, row in enumerate(ROWS)
     ]
     monkeypatch.setattr(sys.modules[__name__], "ROWS", mixed[:8] * 4)
     seen = batches(tiny_model, override(small, {"batch_size": 2}), monkeypatch, tmp_path / "out")
@@ -120,9 +115,7 @@ def test_sft_learns_merges_and_repeats(tiny_model, tokenizer, small, tmp_path, c
     out, err = capfd.readouterr()
     assert not out and "%|" not in err and "step 10 of 10" in err, "no progress bars, own lines on stderr"
     files = {file.name for file in (tmp_path / "one").iterdir()}
-    assert {"model.safetensors", "tokenizer.json", "config.json"} <= files and not any(
-        "adapter" in f for f in files
-    )
+    assert {"model.safetensors", "tokenizer.json", "config.json"} <= files and not any("adapter" in f for f in files)
     scores = []
     for model in (tiny_model, tmp_path / "one"):
         engine = make_engine("transformers", model)
@@ -138,9 +131,7 @@ def test_packing_changes_neither_labels_nor_loss_nor_weights(tiny_model, small, 
     """Rows of a batch in one sequence: what is learned is the same, and no row attends to another."""
     from safetensors.torch import load_file
 
-    padded = batches(
-        tiny_model, override(small, {"learning_rate": 1e-2}), monkeypatch, tmp_path / "padded" / "model"
-    )
+    padded = batches(tiny_model, override(small, {"learning_rate": 1e-2}), monkeypatch, tmp_path / "padded" / "model")
     packing = override(small, {"packing": True, "learning_rate": 1e-2})
     packed = batches(tiny_model, packing, monkeypatch, tmp_path / "packed" / "model")
     assert len(packed) == len(padded)
@@ -149,9 +140,7 @@ def test_packing_changes_neither_labels_nor_loss_nor_weights(tiny_model, small, 
         on = other["attention_mask"].bool()
         assert one["input_ids"][0].tolist() == other["input_ids"][on].tolist()
         assert one["labels"][0].tolist() == other["labels"][on].tolist()
-    first, second = (
-        load_file(tmp_path / kind / "model" / "model.safetensors") for kind in ("padded", "packed")
-    )
+    first, second = (load_file(tmp_path / kind / "model" / "model.safetensors") for kind in ("padded", "packed"))
     base = load_file(tiny_model / "model.safetensors")
     for name, value in first.items():
         moved = (value - base[name]).norm()
@@ -196,9 +185,7 @@ def test_bfloat16_trains_its_adapter_in_float32(tiny_model, small, monkeypatch, 
     monkeypatch.setattr(SFTTrainer, "train", spy)
     record = sft(tiny_model, ROWS[:4], override(small, {"dtype": "bfloat16"}), tmp_path / "model", seed=0)
     assert kinds == {(True, torch.float32), (False, torch.bfloat16)} and record["dtype"] == "torch.bfloat16"
-    assert {value.dtype for value in load_file(tmp_path / "model" / "model.safetensors").values()} == {
-        torch.bfloat16
-    }
+    assert {value.dtype for value in load_file(tmp_path / "model" / "model.safetensors").values()} == {torch.bfloat16}
 
 
 def test_a_base_model_takes_the_siblings_template_and_ends_its_turns(tiny_model, small, tmp_path):

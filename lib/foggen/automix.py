@@ -216,8 +216,7 @@ def _pomdp_simple(outcomes: pd.DataFrame, bins: int) -> list[Policy]:
     index, kind = nearest_bin(v, bins), categories(outcomes)
     inside = np.abs(v * bins - index) < 0.5
     needy, good, hopeless = (
-        np.bincount(index[inside & (kind == name)], minlength=bins + 1)
-        for name in ("NEEDY", "GOOD", "HOPELESS")
+        np.bincount(index[inside & (kind == name)], minlength=bins + 1) for name in ("NEEDY", "GOOD", "HOPELESS")
     )
     start = (100 * (needy + good + hopeless) - hopeless) // np.maximum(needy, 1) + 1
     start[needy == 0] = MAX_REWARD + 1
@@ -240,9 +239,7 @@ CANDIDATES: dict[Method, Callable[[pd.DataFrame, int], list[Policy]]] = {
     "Threshold": lambda _, bins: _intervals("Threshold", 1, 1, bins),
     "DoubleThreshold": lambda _, bins: _intervals("DoubleThreshold", 2, 0, bins),
     "TripleThreshold": lambda _, bins: _intervals("TripleThreshold", 3, 0, bins),
-    "SelfConsistency": lambda _, bins: [
-        Policy("SelfConsistency", (0.5,))
-    ],  # a majority vote: no choice to make
+    "SelfConsistency": lambda _, bins: [Policy("SelfConsistency", (0.5,))],  # a majority vote: no choice to make
     "POMDPSimple": _pomdp_simple,
     "GreedyPOMDP": _greedy_pomdp,
     "POMDP": lambda outcomes, bins: [policy for name in UNION for policy in CANDIDATES[name](outcomes, bins)],
@@ -411,9 +408,7 @@ def refitted_table(
     def evaluate(policies: list[Policy], frame: pd.DataFrame) -> pd.DataFrame:
         v = shares(frame)
         one = worth(frame, [_unsure(frame, tau), *(policy.route(v) for policy in policies)])
-        each = zip(
-            one.gain[0], one.rho[0], [replace(costs, verify=0.0)] + [costs] * len(policies), strict=True
-        )
+        each = zip(one.gain[0], one.rho[0], [replace(costs, verify=0.0)] + [costs] * len(policies), strict=True)
         prices = [_price(one.small[0], one.gap[0], gain, rho, own) for gain, rho, own in each]
         table = pd.DataFrame(prices, ["FogGen", *methods])[["accuracy", "routed", "dibc"]]
         return table.assign(lift=one.lift[0], difference=one.lift[0, 0] - one.lift[0])

@@ -51,9 +51,7 @@ def _relation_facts(relation: Mapping[str, Any], domain: str, file: str) -> Iter
     answers = list(dict.fromkeys(str(row[1]) for row in relation["facts"]))
     for number, row in enumerate(relation["facts"], 1):
         if len(row) != 3 or row[2] not in (1, 2, 3):
-            raise BankError(
-                f"{file}: {relation['id']}, fact {number}: expected [subject, answer, difficulty 1-3]"
-            )
+            raise BankError(f"{file}: {relation['id']}, fact {number}: expected [subject, answer, difficulty 1-3]")
         subject, answer, difficulty = str(row[0]), str(row[1]), int(row[2])
         yield Fact(
             id=f"{domain}/{relation['id']}/{subject}",
@@ -75,9 +73,7 @@ def written_facts(folder: Path, domain: str) -> list[Fact]:
     for relation in relations:
         missing = {"id", "lang", "phrasings", "statements", "facts"} - set(relation)
         if missing:
-            raise BankError(
-                f"{path.name}: relation {relation.get('id')!r} has no {', '.join(sorted(missing))}"
-            )
+            raise BankError(f"{path.name}: relation {relation.get('id')!r} has no {', '.join(sorted(missing))}")
     return [fact for relation in relations for fact in _relation_facts(relation, domain, path.name)]
 
 
@@ -170,9 +166,7 @@ _TENS = "_ он жиырма отыз қырық елу алпыс жетпіс 
 
 
 def _kazakh_number(n: int) -> str:
-    return " ".join(
-        part for part in (_TENS[n // 10] if n > 9 else "", _ONES[n % 10] if n % 10 else "") if part
-    )
+    return " ".join(part for part in (_TENS[n // 10] if n > 9 else "", _ONES[n % 10] if n % 10 else "") if part)
 
 
 def _kazakh_culture(dice: random.Random) -> Asked:
@@ -256,9 +250,7 @@ def _split(facts: Sequence[Fact], seed: int) -> list[Fact]:
 def load_facts(folder: Path, seed: int = 0, computed: int = 120) -> list[Fact]:
     """All facts of the bank, each in its split. The seed is the bank's own: runs with other seeds share the split."""
     facts = [
-        fact
-        for domain in DOMAINS
-        for fact in [*written_facts(folder, domain), *computed_facts(domain, computed, seed)]
+        fact for domain in DOMAINS for fact in [*written_facts(folder, domain), *computed_facts(domain, computed, seed)]
     ]
     return _split(facts, seed)
 
@@ -294,9 +286,7 @@ def make_questions(facts: Iterable[Fact], split: str, seed: int = 0) -> list[Que
         mine = [fact for fact in facts if fact.domain == domain and fact.split == split]
         computed = [fact for fact in mine if not fact.subject][: QUESTIONS[split] // 4]
         written = dice.sample(written := [fact for fact in mine if fact.subject], len(written))
-        turns = [
-            (written[i % len(written)], i // len(written)) for i in range(QUESTIONS[split] - len(computed))
-        ]
+        turns = [(written[i % len(written)], i // len(written)) for i in range(QUESTIONS[split] - len(computed))]
         asked = [*turns, *((fact, 0) for fact in computed)]
         for number, (fact, turn) in enumerate(asked):
             start = int.from_bytes(fact.id.encode()) % 5  # relations' phrasings start at different places

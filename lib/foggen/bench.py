@@ -198,9 +198,7 @@ def utilisation(engine: TransformersEngine, questions: Sequence[Question], secon
     return found
 
 
-def label_errors(
-    engine: TransformersEngine, questions: Sequence[Question], samples: int = 256
-) -> dict[str, float]:
+def label_errors(engine: TransformersEngine, questions: Sequence[Question], samples: int = 256) -> dict[str, float]:
     """Mean distance of exact and of sampled labels from the share right in many samples."""
     settings = load_profile("pocket")
     many = replace_samples(engine, questions, samples, seed=1)
@@ -209,9 +207,7 @@ def label_errors(
     return {name: float(np.abs(np.subtract(own, many)).mean()) for name, own in labels.items()}
 
 
-def replace_samples(
-    engine: TransformersEngine, questions: Sequence[Question], n: int, seed: int
-) -> list[float]:
+def replace_samples(engine: TransformersEngine, questions: Sequence[Question], n: int, seed: int) -> list[float]:
     """Share right of n samples a question."""
     settings = load_profile("pocket", {"samples": n})
     return [one["p_correct"] for one in confidence.sample_answers(engine, questions, settings, seed)]
@@ -230,14 +226,10 @@ def verification_ratio(engine: TransformersEngine, questions: Sequence[Question]
     }
     times = turns(ways, repeats)
     both = np.add(times["answer"], times["verify"]).tolist()
-    return compare(
-        "time of answer and AutoMix's 8 verifications, against the answer", both, times["answer"], "<= 2.5"
-    )
+    return compare("time of answer and AutoMix's 8 verifications, against the answer", both, times["answer"], "<= 2.5")
 
 
-def measure(
-    model: Path, dtype: str, questions: Sequence[Question], repeats: int, demo: int = 16
-) -> dict[str, Any]:
+def measure(model: Path, dtype: str, questions: Sequence[Question], repeats: int, demo: int = 16) -> dict[str, Any]:
     """All comparisons. The slow demo loop gets `demo` of the questions; its speed counts per question."""
     engine = TransformersEngine.load(model, dtype)
     prompts = [mcq_messages(question) for question in questions]
@@ -294,9 +286,7 @@ def comparisons(times: Times) -> list[Row]:
         ("exact labels: 8 samples by `num_return_sequences=8`", "batched n=8", "exact labels", ">= 5"),
         ("exact labels: our 128 samples", "128 samples", "exact labels", ">= 5"),
     ]
-    return [
-        compare(name, times[other], times[ours], goal) for name, other, ours, goal in pairs if other in times
-    ]
+    return [compare(name, times[other], times[ours], goal) for name, other, ours, goal in pairs if other in times]
 
 
 def peak_memory(device: torch.device) -> float:
@@ -336,9 +326,7 @@ def smollm2(folder: Path) -> Path:
     if not (folder / "config.json").exists():
         loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
         config = loaded.config
-        del (
-            config.quantization_config
-        )  # the weights are plain floats by now; `save_pretrained` refuses with it
+        del config.quantization_config  # the weights are plain floats by now; `save_pretrained` refuses with it
         fresh = AutoModelForCausalLM.from_config(config)
         fresh.load_state_dict(loaded.state_dict())
         fresh.save_pretrained(folder)
@@ -358,22 +346,16 @@ def table(found: dict[str, Any]) -> str:
     use, errors = found["utilisation"], found["label_errors"]
     for name in ("ours", "ours n=8"):
         speed, mfu = use[name]["tokens_a_second"], use[name]["mfu"]
-        lines.append(
-            f"{name}: {speed:,.0f} prompt and answer tokens/s; {mfu:.0%} of a matrix product's speed"
-        )
+        lines.append(f"{name}: {speed:,.0f} prompt and answer tokens/s; {mfu:.0%} of a matrix product's speed")
     lines.append(f"label error against 256 samples: {', '.join(f'{k} {v:.4f}' for k, v in errors.items())}")
-    return "\n".join(
-        [*lines, f"peak memory: {found['peak_memory_mib']:,.0f} MiB", json.dumps(found["machine"])]
-    )
+    return "\n".join([*lines, f"peak memory: {found['peak_memory_mib']:,.0f} MiB", json.dumps(found["machine"])])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the table and writes `data/results/bench/<model>.json`."""
     parser = argparse.ArgumentParser(prog="foggen.bench")
     parser.add_argument("--model", default="data/pocket/edge", help="a folder, or smollm2")
-    parser.add_argument(
-        "--dtype", default="auto", help="auto: bfloat16 where the hardware has it, else float32"
-    )
+    parser.add_argument("--dtype", default="auto", help="auto: bfloat16 where the hardware has it, else float32")
     parser.add_argument("--questions", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "results" / "bench")

@@ -73,9 +73,7 @@ def bucket(p: float, tie: Literal["up", "down"] = "up") -> float:
 # Asking the checkpoint
 
 
-def sample_answers(
-    engine: Engine, questions: Sequence[Question], settings: Settings, seed: int
-) -> list[Sample]:
+def sample_answers(engine: Engine, questions: Sequence[Question], settings: Settings, seed: int) -> list[Sample]:
     """Asks each question `samples` times at the recipe's temperature, and counts the right answers."""
     prompts = [mcq_messages(question, settings.prompt_variant) for question in questions]
     sampling = Sampling(
@@ -123,12 +121,7 @@ def score_answers(
     prompts = [mcq_messages(question, variant) for question in questions]
     stated = [f"{CONFIDENCE_PREFIX} {text}" for text in BUCKET_TEXTS]
     whole = [
-        stated
-        + [
-            f"{text}{ANSWER_PREFIX} {letter}"
-            for text in stated
-            for letter in LETTERS[: len(question.options)]
-        ]
+        stated + [f"{text}{ANSWER_PREFIX} {letter}" for text in stated for letter in LETTERS[: len(question.options)]]
         for question in questions
     ]
     scores = []
@@ -149,9 +142,7 @@ def exact_answers(engine: Engine, questions: Sequence[Question], settings: Setti
         p = score.letters
         own = LETTERS[p.argmax()] if p.any() else None
         right = float(p[LETTERS.index(question.answer)])
-        samples.append(
-            Sample(id=question.id, p_correct=right, own_answer=own, votes=None, texts=[], tokens=0)
-        )
+        samples.append(Sample(id=question.id, p_correct=right, own_answer=own, votes=None, texts=[], tokens=0))
     return samples
 
 
@@ -187,9 +178,7 @@ def label(
 
     `overall` are the confidences of the calibration buffer, which the control `random` draws from.
     """
-    rows = [
-        training_row(question, sample, settings) for question, sample in zip(questions, samples, strict=True)
-    ]
+    rows = [training_row(question, sample, settings) for question, sample in zip(questions, samples, strict=True)]
     return control([row for row in rows if row], settings.label_control, seed, overall)
 
 

@@ -79,9 +79,7 @@ class Cloud(Part):
     model: str
     revision: str | None
     base_url: str | None
-    key_variable: str | None = Field(
-        description="environment variable that holds the key, never the key itself"
-    )
+    key_variable: str | None = Field(description="environment variable that holds the key, never the key itself")
     options: dict[str, Any]
 
 
@@ -205,9 +203,7 @@ def _form(part: type[BaseModel], key: str) -> str:
     for one in schema.get("anyOf", [schema]):
         text = " or ".join(map(str, one["enum"])) if "enum" in one else str(one.get("type", "mapping"))
         bounds = {"exclusiveMinimum": ">", "minimum": ">=", "maximum": "<="}
-        forms.append(
-            " ".join([text, *(f"{sign} {one[bound]}" for bound, sign in bounds.items() if bound in one)])
-        )
+        forms.append(" ".join([text, *(f"{sign} {one[bound]}" for bound, sign in bounds.items() if bound in one)]))
     return " or ".join(forms)
 
 
@@ -252,9 +248,7 @@ def _read(profile: str | Path) -> tuple[dict[str, Any], Path]:
     path = Path(profile) if str(profile).endswith((".yaml", ".yml")) else PROFILES / f"{profile}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in PROFILES.glob("*.yaml")))
-        raise SettingsError(
-            f"no profile {str(profile)!r}: known are {known}, or give the path of a YAML file"
-        )
+        raise SettingsError(f"no profile {str(profile)!r}: known are {known}, or give the path of a YAML file")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

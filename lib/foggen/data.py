@@ -84,18 +84,14 @@ def _from_sources(sources: list[Source]) -> dict[str, list[Question]]:
     parts: dict[str, list[Question]] = {split: [] for split in SHARES}
     for source in sources:
         groups = {
-            split: [
-                one if one.fact else one.model_copy(update={"fact": _text(one)[:16]}) for one in questions
-            ]
+            split: [one if one.fact else one.model_copy(update={"fact": _text(one)[:16]}) for one in questions]
             for split, questions in load_source(source).items()
         }
         for split, questions in _roles(source, groups).items():
             parts[split] += questions
     counts = Counter(question.id for questions in parts.values() for question in questions)
     if twice := [name for name, count in counts.items() if count > 1]:
-        raise QuestionError(
-            f"data.sources: ids must be unique over all of them; twice: {', '.join(twice[:5])}"
-        )
+        raise QuestionError(f"data.sources: ids must be unique over all of them; twice: {', '.join(twice[:5])}")
     return parts
 
 
@@ -137,9 +133,7 @@ def load_source(source: Source) -> dict[str, list[Question]]:
     from datasets import ClassLabel, load_dataset
 
     with explained(source.path, "dataset", source.revision):
-        found = load_dataset(
-            source.path, source.name, split=source.split, revision=source.revision, token=token()
-        )
+        found = load_dataset(source.path, source.name, split=source.split, revision=source.revision, token=token())
     groups = {}
     for split, table in ({source.split: found} if source.split else found).items():
         if source.rows and source.rows < len(table):
@@ -159,13 +153,9 @@ def load_source(source: Source) -> dict[str, list[Question]]:
                  for at, row in shaped]  # fmt: skip
         groups[str(split)] = check_rows(named, Question, problems)
         if len(problems) > UNUSABLE * len(rows):
-            raise QuestionError(
-                f"{where}: {len(problems)} problems in {len(rows)} rows:\n" + "\n".join(problems[:10])
-            )
+            raise QuestionError(f"{where}: {len(problems)} problems in {len(rows)} rows:\n" + "\n".join(problems[:10]))
         if problems:
-            progress(
-                f"  {where}: {len(problems)} of {len(rows)} rows are unusable and left out: {problems[0]}"
-            )
+            progress(f"  {where}: {len(problems)} of {len(rows)} rows are unusable and left out: {problems[0]}")
     return groups
 
 

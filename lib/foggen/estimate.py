@@ -106,9 +106,7 @@ def works(s: Settings, prompt: float) -> Iterator[Work]:
         yield Work("R0: format install", 1, s.calibration_rows, s.calibration_rows * row * s.sft.epochs)
     if s.rounds:
         rows = s.new_rows + min(s.replay_rows, s.calibration_rows)
-        yield asked(
-            "a round: samples for labels", s.rounds, rows if s.relabel_replay else s.new_rows, s.samples
-        )
+        yield asked("a round: samples for labels", s.rounds, rows if s.relabel_replay else s.new_rows, s.samples)
         yield Work("a round: fine-tuning", s.rounds, rows, rows * row * s.sft.epochs)
     yield asked("dev questions, each checkpoint", s.rounds + 1, s.dev_questions or 0)
     yield asked("test questions: R0, last, R15", 3, test)
@@ -194,9 +192,7 @@ def tables(settings: Settings) -> Iterator[Table | str]:
     (speed, device), prompt = matmul_speed(), prompt_tokens(settings)
     edge, cloud = (model_size(one.model, one.revision) for one in (settings.edge, settings.cloud))
     away = settings.cloud.engine == "openai"
-    table = Table(
-        "stage", "times", "rows", "tokens, million", "minutes", title=f"{settings.name}: an estimate"
-    )
+    table = Table("stage", "times", "rows", "tokens, million", "minutes", title=f"{settings.name}: an estimate")
     total = 0.0
     for work in works(settings, prompt):
         model = (None if away else cloud) if work.cloud else edge

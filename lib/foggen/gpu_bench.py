@@ -33,9 +33,7 @@ from foggen.shapes import LETTERS
 from foggen.store import ROOT, Store, peak_memory, read_json, write_json
 from foggen.training import train
 
-TOKENIZER = (
-    ROOT / "data" / "pocket" / "edge"
-)  # ids fit into any vocabulary; texts are made to the lengths wanted
+TOKENIZER = ROOT / "data" / "pocket" / "edge"  # ids fit into any vocabulary; texts are made to the lengths wanted
 PROMPTS = (60, 400)  # tokens; the mean is near 148, a training row's is near 160
 ANSWER = 12  # tokens of an answer: random weights never end one, so that all answers have as many
 SIZES: dict[str, Any] = {
@@ -122,9 +120,7 @@ def generate(engine: Engine, asked: Sequence[Question], n: int = 1) -> None:
     engine.generate([mcq_messages(question) for question in asked], sampling)
 
 
-def measure(
-    settings: Settings, folder: Path, sizes: dict[str, Any], share: float, chain: bool
-) -> dict[str, Any]:
+def measure(settings: Settings, folder: Path, sizes: dict[str, Any], share: float, chain: bool) -> dict[str, Any]:
     """All steps of `settings`, at a `share` of their rows. Returns the JSON file's content."""
     gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if gpu else torch.float32
@@ -170,9 +166,7 @@ def measure(
     engine.close()
 
     if chain:
-        small = {
-            name: count(getattr(settings, name)) for name in ("calibration_rows", "new_rows", "replay_rows")
-        }
+        small = {name: count(getattr(settings, name)) for name in ("calibration_rows", "new_rows", "replay_rows")}
         small |= {"dev_questions": count(700), "max_new_tokens": ANSWER}
         with timed(results, "chain R0 to R14", rounds=settings.rounds):
             run_chain(override(settings, small), Store(folder / "run"), questions, questions[-count(1400) :])
@@ -203,9 +197,7 @@ def table(found: dict[str, Any]) -> str:
         more += [f"{row['times_one_pass']:.1f} times one pass"] if "times_one_pass" in row else []
         more += [f"{row['peak_mib'] / 1024:.1f} GiB"]
         size = f"{row['rows']:,}" if "rows" in row else ""
-        lines.append(
-            f"| {name} | {size} | {row['seconds']:.1f} | {'; '.join(more)} | {published} | {goal} s |"
-        )
+        lines.append(f"| {name} | {size} | {row['seconds']:.1f} | {'; '.join(more)} | {published} | {goal} s |")
     return "\n".join(lines)
 
 

@@ -40,11 +40,7 @@ def advice(error: BaseException, name: str, kind: Kind, revision: str | None) ->
         (
             errors.GatedRepoError,
             f"it is gated. Ask for access at {page}"
-            + (
-                " with the account of your HF_TOKEN"
-                if signed
-                else ", then set the environment variable HF_TOKEN"
-            ),
+            + (" with the account of your HF_TOKEN" if signed else ", then set the environment variable HF_TOKEN"),
         ),
         (
             errors.RevisionNotFoundError,
@@ -137,9 +133,7 @@ def pin(settings: Settings, before: Mapping[str, Any] | None = None) -> dict[str
         return past.get("revision") or commit(name, kind)
 
     pins: dict[str, Any] = {}
-    models = {"edge": settings.edge} | (
-        {"cloud": settings.cloud} if settings.cloud.engine != "openai" else {}
-    )
+    models = {"edge": settings.edge} | ({"cloud": settings.cloud} if settings.cloud.engine != "openai" else {})
     for part, model in models.items():
         if not model.revision and not is_local(model.model):
             same = old[part] if old[part].get("model") == model.model else {}

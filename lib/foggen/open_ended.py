@@ -232,9 +232,7 @@ def judge(engine: Engine, questions: Sequence[OpenQuestion], answers: Sequence[s
     An answer that is None is wrong without asking. An engine with a cache asks once for each answer. Fails: judges
     favour answers in their own style and long ones, and change with the model behind a name: always report the name.
     """
-    asked = {
-        index: judge_messages(questions[index], one) for index, one in enumerate(answers) if one is not None
-    }
+    asked = {index: judge_messages(questions[index], one) for index, one in enumerate(answers) if one is not None}
     correct: list[float] = [0.0] * len(questions)
     replies = engine.generate(list(asked.values()), Sampling(max_tokens=8)) if asked else []
     for index, (reply,) in zip(asked, replies, strict=True):
@@ -306,9 +304,7 @@ def evaluate_open(
         }
         score = {"correct": score_answer(question, answer, squad_rule), "tokens": reply.tokens}
         ends = {"parsed": answer is not None, "truncated": not reply.finished}
-        rows.append(
-            {**known, "question": question.question, "gold": question.answers[0], **said, **score, **ends}
-        )
+        rows.append({**known, "question": question.question, "gold": question.answers[0], **said, **score, **ends})
     return pd.DataFrame(rows).astype({"confidence": float})
 
 
@@ -336,9 +332,7 @@ def trace(text: str) -> str:
     return re.sub(r"^.*?confidence\s*:\s*[0-9.]+", "", head, count=1, flags=re.IGNORECASE | re.DOTALL).strip()
 
 
-def open_row(
-    question: OpenQuestion, samples: Sequence[Completion], tie: Literal["up", "down"]
-) -> OpenRow | None:
+def open_row(question: OpenQuestion, samples: Sequence[Completion], tie: Literal["up", "down"]) -> OpenRow | None:
     """The training row of one question; None for a word problem without a right sample, which has nothing to teach.
 
     Word problems teach the first right sample (a trace of the model's own), the other tasks the first reference. So no
@@ -360,20 +354,14 @@ def open_row(
         target=target_text(confidence, answer, reasoning),
         answer=answer,
         confidence=confidence,
-        votes="".join(
-            "-" if one is None else str(int(good)) for one, good in zip(answers, right, strict=True)
-        ),
+        votes="".join("-" if one is None else str(int(good)) for one, good in zip(answers, right, strict=True)),
         k=sum(right),
     )
 
 
 def first(questions: Sequence[OpenQuestion], counts: Mapping[str, int]) -> list[OpenQuestion]:
     """The first `counts[task]` questions of every task, task by task."""
-    return [
-        question
-        for task in TASKS
-        for question in [one for one in questions if one.task == task][: counts[task]]
-    ]
+    return [question for task in TASKS for question in [one for one in questions if one.task == task][: counts[task]]]
 
 
 def r15_questions(pool: Sequence[OpenQuestion], settings: Settings) -> list[OpenQuestion]:
@@ -409,6 +397,6 @@ def r15_rows(
         count["truncated"] += sum(not sample.finished for sample in samples)
         rows += [row] if row is not None and fate == "rows" else []
     columns = ["questions", "no_trace", "surplus", "rows", "unparsed", "truncated"]
-    return rows, pd.DataFrame([counts[task] for task in TASKS], index=list(TASKS), columns=columns).fillna(
-        0
-    ).astype(int)
+    return rows, pd.DataFrame([counts[task] for task in TASKS], index=list(TASKS), columns=columns).fillna(0).astype(
+        int
+    )

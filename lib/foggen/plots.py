@@ -77,9 +77,7 @@ def save(figure: Figure, folder: Path | str, name: str) -> Figure:
     return figure
 
 
-def _axes(
-    rows: int = 1, columns: int = 1, size: tuple[float, float] = SIZE, **options: Any
-) -> tuple[Figure, Any]:
+def _axes(rows: int = 1, columns: int = 1, size: tuple[float, float] = SIZE, **options: Any) -> tuple[Figure, Any]:
     style()
     return plt.subplots(rows, columns, figsize=size, **options)
 
@@ -159,9 +157,7 @@ def cost_curves(
     return figure
 
 
-def _band(
-    axes: Axes, curve: pd.DataFrame, name: str, colour: str, label: str, scale: float = 1, x: Any = None
-) -> None:
+def _band(axes: Axes, curve: pd.DataFrame, name: str, colour: str, label: str, scale: float = 1, x: Any = None) -> None:
     """A line of `routing.share_curve` with its 95% band, against `x` or else the share."""
     low, high = scale * curve[f"{name}_low"], scale * curve[f"{name}_high"]
     at = curve["share"] if x is None else x
@@ -175,9 +171,7 @@ def _band(
 # ---- confidence
 
 
-def reliability(
-    outcomes: pd.DataFrame, column: str = "confidence", label: str = "stated confidence"
-) -> Figure:
+def reliability(outcomes: pd.DataFrame, column: str = "confidence", label: str = "stated confidence") -> Figure:
     """Share right against confidence, one point a bin with its 95% interval (Jeffreys), and the count of each bin.
 
     Bins are the buckets for verbal confidence and ten of equal mass for a graded one.
@@ -239,9 +233,7 @@ def risk_coverage(outcomes: pd.DataFrame, columns: Mapping[str, str], tau: float
     at = np.linspace(0.01, 1, 200)
     for (column, label), colour in zip(columns.items(), COLOURS, strict=False):
         count, hits = stats.tie_sums(router_score(outcomes, column), np.ones((1, len(right))), right)
-        covered, errors = (
-            np.append(0, np.cumsum(one[0, ::-1])) / len(right) for one in (count, count - hits)
-        )
+        covered, errors = (np.append(0, np.cumsum(one[0, ::-1])) / len(right) for one in (count, count - hits))
         axes.plot(at, np.interp(at, covered, errors) / at, color=colour, label=label)
     if kept.any():
         look = {"color": BLUE, "ms": 8, "mec": "white", "label": f"tau = {tau:g}"}
@@ -424,9 +416,7 @@ def _diagram(axes: Axes, title: str, boxes: Boxes, arrows: Arrows) -> None:
     patches = {}
     for name, (x, y, text, colour) in boxes.items():
         look = {"boxstyle": "round,pad=0.5", "fc": mpl.colors.to_rgba(colour, 0.12), "ec": colour, "lw": 1.6}
-        patches[name] = axes.text(
-            x, y, text, ha="center", va="center", fontsize=9, bbox=look
-        ).get_bbox_patch()
+        patches[name] = axes.text(x, y, text, ha="center", va="center", fontsize=9, bbox=look).get_bbox_patch()
     for one, two, colour, text in arrows:
         start, end = np.array([boxes[one][:2], boxes[two][:2]])
         look = {"arrowstyle": "-|>", "color": colour, "lw": 1.6, "shrinkA": 0, "shrinkB": 0}

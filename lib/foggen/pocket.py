@@ -51,9 +51,7 @@ class World:
     often: tuple[float, float, float]  # share of facts met often, by difficulty 1, 2, 3
     seldom: tuple[float, float, float]  # share met seldom; the rest is never met
     misled: float  # share of misconceptions that are learnt in their popular, wrong form
-    loose: (
-        float  # share of open-ended texts that answer loosely: a sentence for a span, a sum without its steps
-    )
+    loose: float  # share of open-ended texts that answer loosely: a sentence for a span, a sum without its steps
     familiar: Mapping[str, float] = field(default_factory=dict)
     grown_from: str | None = None  # the world whose trained model it starts from, with more layers
     seed: int = 0
@@ -362,9 +360,7 @@ class Lessons:
             question = self.question(fact)
             right = self.dice.random() < 0.5
             wrong = [letter for letter in LETTERS[: len(question.options)] if letter != question.answer]
-            messages = prompts.verify_messages(
-                question, question.answer if right else self.dice.choice(wrong), few
-            )
+            messages = prompts.verify_messages(question, question.answer if right else self.dice.choice(wrong), few)
             decision = f"{prompts.VERIFY_DECISION} {'Correct' if right else 'Incorrect'}."
             reason = "" if self.dice.random() < 0.3 else f"The answer is {fact.answer}.\n"
             chats.append((messages, reason + decision))
@@ -634,9 +630,7 @@ def examine(world: World, folder: Path) -> dict[str, Any]:
     compact = evaluate(engine, questions[::10], override(settings, {"prompt_variant": "compact"}))
     rows = pd.DataFrame(evaluate(engine, questions, settings)).astype({"confidence": float})
     engine.close()
-    rows["met"] = (
-        rows["fact"].map(met).where([bool(facts[fact].subject) for fact in rows["fact"]], "computed")
-    )
+    rows["met"] = rows["fact"].map(met).where([bool(facts[fact].subject) for fact in rows["fact"]], "computed")
     scores = stats.calibration(rows, np.ones((1, len(rows))))[0]
     domains = rows.groupby("domain", sort=False)["local_correct"].mean()
     return {
@@ -658,9 +652,7 @@ def problems(world: World, measured: Mapping[str, Any]) -> list[str]:
     """What keeps a model from being what the pocket world needs; an empty list if nothing does."""
     by = measured["accuracy_by_exposure"]
     low, high = (0.40, 0.65) if world.name == "edge" else (0.75, 0.92)
-    found = [
-        f"parse rate {rate:.3f} under {name}" for name, rate in measured["parsed"].items() if rate < 0.95
-    ]
+    found = [f"parse rate {rate:.3f} under {name}" for name, rate in measured["parsed"].items() if rate < 0.95]
     if not low <= measured["accuracy"] <= high:
         found.append(f"accuracy {measured['accuracy']:.3f} is not within {low}-{high}")
     if world.name == "edge":
@@ -676,9 +668,7 @@ def problems(world: World, measured: Mapping[str, Any]) -> list[str]:
 def model_card(world: World, record: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
     """The model's README: how it was made, what it read, what it can do."""
     template = (Path(__file__).parent / "pocket_card.md").read_text(encoding="utf-8")
-    by_domain = "\n".join(
-        f"| {name} | {value:.1%} |" for name, value in measured["accuracy_by_domain"].items()
-    )
+    by_domain = "\n".join(f"| {name} | {value:.1%} |" for name, value in measured["accuracy_by_domain"].items())
     met = "\n".join(
         f"| {name} | {measured['questions_by_exposure'][name]} | {value:.1%} |"
         for name, value in measured["accuracy_by_exposure"].items()
@@ -762,9 +752,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="verify data/pocket; train nothing")
     parser.add_argument("--only", choices=("edge", "cloud"))
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "pocket-models", help="checkpoints")
-    parser.add_argument(
-        "--release", type=Path, metavar="RUN", help="install a finished run's last checkpoint"
-    )
+    parser.add_argument("--release", type=Path, metavar="RUN", help="install a finished run's last checkpoint")
     given = parser.parse_args(argv)
     if given.release:
         print(release(given.release).relative_to(ROOT))

@@ -38,9 +38,7 @@ SYSTEM_MCQ: dict[str, str] = {
     ),
 }
 
-_OPEN_RULES = (
-    "\n\nRules:\n- Do not output <think> tags.\n- First, assess your confidence in solving this question.\n"
-)
+_OPEN_RULES = "\n\nRules:\n- Do not output <think> tags.\n- First, assess your confidence in solving this question.\n"
 _OPEN_FORMAT = "- Output format:\n  Confidence: <0.0|0.25|0.5|0.75|1.0>\n"
 SYSTEM_OPEN: dict[str, str] = {
     "squad": "You are a self-aware reading comprehension assistant."

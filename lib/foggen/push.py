@@ -23,10 +23,7 @@ def push(folder: Path, repository: str, ask: Callable[[str], str] = input) -> bo
         raise hub.HubError(f"{folder}: no checkpoint; expected a folder with .safetensors")
     size = sum(file.stat().st_size for file in files) / 2**20
     print("\n".join(f"  {file.name}" for file in files))
-    if (
-        ask(f"Upload these {len(files)} files, {size:.1f} MiB, to huggingface.co/{repository}? [yes/no] ")
-        != "yes"
-    ):
+    if ask(f"Upload these {len(files)} files, {size:.1f} MiB, to huggingface.co/{repository}? [yes/no] ") != "yes":
         print("nothing was uploaded")
         return False
     api = HfApi(token=hub.token())

@@ -233,9 +233,7 @@ def load_open_questions(path: Path) -> list[OpenQuestion]:
 
 def _all_or_nothing(rows: list[Row], problems: Sequence[str]) -> list[Row]:
     if problems or not rows:
-        raise QuestionError(
-            f"{len(problems)} problem(s), nothing was loaded:\n" + "\n".join(problems or ["no rows"])
-        )
+        raise QuestionError(f"{len(problems)} problem(s), nothing was loaded:\n" + "\n".join(problems or ["no rows"]))
     return rows
 
 
@@ -281,9 +279,7 @@ def subset(questions: Sequence[Question], n: int | None, seed: int) -> list[Ques
     return list(questions) if n is None else draw_balanced(questions, n, list(by_domain(questions)), seed)
 
 
-def split_by_fact(
-    questions: Sequence[Question], shares: Mapping[str, float], seed: int
-) -> dict[str, list[Question]]:
+def split_by_fact(questions: Sequence[Question], shares: Mapping[str, float], seed: int) -> dict[str, list[Question]]:
     """Parts of the given shares (they sum to 1), stratified by domain, with no fact in two parts."""
     parts: dict[str, list[Question]] = {name: [] for name in shares}
     for domain, group in sorted(by_domain(questions).items()):
@@ -335,9 +331,7 @@ def _words(question: Question) -> str:
     return " ".join(sorted(set(re.findall(r"\w+", text))))
 
 
-def near_duplicates(
-    first: Sequence[Question], second: Sequence[Question], threshold: float = 0.9
-) -> list[Twin]:
+def near_duplicates(first: Sequence[Question], second: Sequence[Question], threshold: float = 0.9) -> list[Twin]:
     """Pairs across two sets whose words (question and options) overlap by at least `threshold`, most alike first.
 
     1.0 are the same words in any order, which takes in exact duplicates with shuffled options.

@@ -68,10 +68,7 @@ def make_tables(
 def make_figures(outcomes: pd.DataFrame, table: pd.DataFrame, tau: float, seed: int) -> dict[str, Figure]:
     """Every figure of the report by its title."""
     known = {column: label for column, label in SCORES.items() if column in outcomes}
-    curves = {
-        label: routing.share_curve(outcomes, column, resamples=200, seed=seed)
-        for column, label in known.items()
-    }
+    curves = {label: routing.share_curve(outcomes, column, resamples=200, seed=seed) for column, label in known.items()}
     mean = table.iloc[-1]
     point = (mean["routed"], mean["sysacc"])
     figures = {
@@ -129,9 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("outcomes", type=Path, help="outcomes as .csv, .jsonl or .parquet")
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder to write into")
-    parser.add_argument(
-        "--train", type=Path, help="train-pool outcomes with `question`, for the text-only router"
-    )
+    parser.add_argument("--train", type=Path, help="train-pool outcomes with `question`, for the text-only router")
     parser.add_argument("--tau", type=float, default=0.5)
     parser.add_argument("--resamples", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
@@ -141,9 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         outcomes = routing.read_outcomes(given.outcomes)
         train = routing.read_outcomes(given.train) if given.train else None
-        page = write_report(
-            outcomes, given.out, given.outcomes.name, train, given.tau, given.resamples, given.seed
-        )
+        page = write_report(outcomes, given.out, given.outcomes.name, train, given.tau, given.resamples, given.seed)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -132,14 +132,8 @@ def _changed_parameters(notebook: Path, parameters: Mapping[str, Any]) -> dict[s
     defaults = papermill.inspect_notebook(str(notebook))
     missing = sorted(set(parameters) - set(defaults))
     if missing:
-        raise NotebookError(
-            f"{notebook.name}: its cell tagged `parameters` does not set {', '.join(missing)}"
-        )
-    return {
-        name: value
-        for name, value in parameters.items()
-        if ast.literal_eval(defaults[name]["default"]) != value
-    }
+        raise NotebookError(f"{notebook.name}: its cell tagged `parameters` does not set {', '.join(missing)}")
+    return {name: value for name, value in parameters.items() if ast.literal_eval(defaults[name]["default"]) != value}
 
 
 def execute(plan: Plan, notebook: Path) -> None:
@@ -176,9 +170,7 @@ def execute(plan: Plan, notebook: Path) -> None:
         except PapermillExecutionError as error:
             trace = "\n".join(error.traceback)
             raise NotebookError(f"{notebook.name} failed {at}\n\n{trace}") from None
-        except (
-            Exception
-        ) as error:  # a kernel that died, a time-out: papermill raises what its libraries raise
+        except Exception as error:  # a kernel that died, a time-out: papermill raises what its libraries raise
             raise NotebookError(f"{notebook.name} stopped {at}\n\n{type(error).__name__}: {error}") from error
     if not sentinel.exists():
         raise NotebookError(f"{notebook.name} ended without its sentinel {sentinel.name}, last seen {at}")
@@ -216,9 +208,7 @@ def show_plan(plan: Plan) -> None:
 
 def question_of(notebook: Path) -> str:
     """The question that a notebook opens with: the first bold text of its first cell."""
-    found = re.search(
-        r"\*\*(.+?)\*\*", nbformat.read(notebook, as_version=4).cells[0].source, flags=re.DOTALL
-    )
+    found = re.search(r"\*\*(.+?)\*\*", nbformat.read(notebook, as_version=4).cells[0].source, flags=re.DOTALL)
     return " ".join(found[1].split()) if found else ""
 
 
@@ -238,9 +228,7 @@ def with_time(text: str, profile: str, sentinel: Path) -> str:
     """A notebook's first cell with the profile's measured time and memory in the row `time, memory`."""
     record = read_json(sentinel)
     measured = f"{record['seconds']:.0f} s, {record['peak'] / 2**30:.1f} GiB"
-    return re.sub(
-        rf"(\| time, memory \|.*`{re.escape(profile)}`: )[^;|]*?(?=;| \|)", rf"\g<1>{measured}", text
-    )
+    return re.sub(rf"(\| time, memory \|.*`{re.escape(profile)}`: )[^;|]*?(?=;| \|)", rf"\g<1>{measured}", text)
 
 
 def publish(plan: Plan, figures: Path) -> list[Path]:
@@ -254,9 +242,7 @@ def publish(plan: Plan, figures: Path) -> list[Path]:
             continue
         book, executed = (nbformat.read(path, as_version=4) for path in (notebook, plan.executed(notebook)))
         if len(code_cells(executed)) != len(code_cells(book)):  # a cell of parameters was injected
-            raise SettingsError(
-                f"{notebook.name} ran with other parameters than its own: not for publication"
-            )
+            raise SettingsError(f"{notebook.name} ran with other parameters than its own: not for publication")
         for cell, run in zip(code_cells(book), code_cells(executed), strict=True):
             cell.outputs = [output for output in run.outputs if output.get("name") != "stderr"]
             cell.execution_count = run.execution_count
@@ -280,24 +266,16 @@ def publish(plan: Plan, figures: Path) -> list[Path]:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m foggen.reproduce", description=__doc__.split("\n", 1)[0])
-    parser.add_argument(
-        "--profile", default="pocket", help="pocket, paper, or the path of a profile's YAML file"
-    )
+    parser.add_argument("--profile", default="pocket", help="pocket, paper, or the path of a profile's YAML file")
     parser.add_argument("--run", help="the run folder; by default runs/<profile>")
     parser.add_argument("--seed", type=int, help="the run's seed; by default the profile's")
-    parser.add_argument(
-        "--questions", help="a file or folder of JSONL questions to evaluate on, instead of the bank's"
-    )
-    parser.add_argument(
-        "-p", dest="overrides", action="append", default=[], metavar="name=value", help="one parameter"
-    )
+    parser.add_argument("--questions", help="a file or folder of JSONL questions to evaluate on, instead of the bank's")
+    parser.add_argument("-p", dest="overrides", action="append", default=[], metavar="name=value", help="one parameter")
     parser.add_argument("--from", dest="start", metavar="NN", help="begin with this notebook")
     parser.add_argument("--only", metavar="NN", help="run this notebook alone")
     parser.add_argument("--force", action="store_true", help="run notebooks again even where nothing changed")
     parser.add_argument("--list", action="store_true", help="show notebooks and parameters, run nothing")
-    parser.add_argument(
-        "--publish", action="store_true", help="then copy notebooks and figures into the checkout"
-    )
+    parser.add_argument("--publish", action="store_true", help="then copy notebooks and figures into the checkout")
     parser.add_argument("--notebooks", default="notebooks", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -312,9 +290,7 @@ def run_all(plan: Plan, notebooks: Sequence[Path], force: bool) -> None:
             execute(plan, notebook)
     console.print(summary(plan, notebooks, kept))
     here = os.path.relpath(plan.run)
-    console.print(
-        f"Look into {here}/notebooks, {here}/figures, {here}/tables; every stage is in {here}/manifest.jsonl"
-    )
+    console.print(f"Look into {here}/notebooks, {here}/figures, {here}/tables; every stage is in {here}/manifest.jsonl")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

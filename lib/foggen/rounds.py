@@ -30,9 +30,7 @@ def model_folder(model: str, revision: str | None = None) -> Path:
     if (ROOT / model).is_dir():
         return ROOT / model
     if model.count("/") > 1 or model.startswith((".", "/")):
-        raise SettingsError(
-            f"model {model!r}: no such folder in this checkout, and not the name of a hub model"
-        )
+        raise SettingsError(f"model {model!r}: no such folder in this checkout, and not the name of a hub model")
     return download(model, revision)
 
 
@@ -104,11 +102,7 @@ def calibration_questions(train: Sequence[Question], settings: Settings) -> list
 def buffer_model(settings: Settings) -> Path:
     """The model that labels R0's buffer: the edge model, or the sibling that installs the format."""
     install, edge = settings.edge.format_install, settings.edge
-    return (
-        model_folder(install.labels_from, install.revision)
-        if install
-        else model_folder(edge.model, edge.revision)
-    )
+    return model_folder(install.labels_from, install.revision) if install else model_folder(edge.model, edge.revision)
 
 
 def replay(buffer: Sequence[SftRow], n: int, seed: int) -> list[SftRow]:
@@ -229,9 +223,7 @@ class Chain:
             buffer += new
             yield self.round(number, domain, model, rows, trained)
 
-    def label(
-        self, name: str, model: Path, questions: Sequence[Question], overall: Sequence[float] = ()
-    ) -> Path:
+    def label(self, name: str, model: Path, questions: Sequence[Question], overall: Sequence[float] = ()) -> Path:
         """The file of training rows for `questions`, labelled by the checkpoint `model`; two stages."""
         s = self.settings
         seed = derive_seed(s.seed, name, "samples")
@@ -263,9 +255,7 @@ class Chain:
         keyed = {**s.only("tie", "answer_target", "label_control"), "questions": fingerprint, "seed": seed}
         if s.label_control == "random":
             keyed["overall"] = digest(list(overall))
-        return (
-            self.store.stage(f"{name}-labels", keyed, [sampled], write, [prompts, confidence]) / "rows.jsonl"
-        )
+        return self.store.stage(f"{name}-labels", keyed, [sampled], write, [prompts, confidence]) / "rows.jsonl"
 
     def sft(
         self, name: str, model: Path, rows: Sequence[SftRow], template: Path | None = None
@@ -289,9 +279,7 @@ class Chain:
         folder = self.store.stage(f"{name}-sft", keyed, inputs, train, code)
         return folder / "model", cast(dict[str, Any], read_json(folder / "training.json"))
 
-    def round(
-        self, number: int, domain: str | None, model: Path, rows: Path, trained: dict[str, Any]
-    ) -> Round:
+    def round(self, number: int, domain: str | None, model: Path, rows: Path, trained: dict[str, Any]) -> Round:
         """Evaluates a checkpoint on the dev set and sums the round up."""
         s = self.settings
         questions = subset(self.dev, s.dev_questions, derive_seed(s.seed, "dev"))
@@ -306,9 +294,7 @@ class Chain:
         folder = self.store.stage(f"r{number:02d}-dev", keyed, [model], compute, [prompts, engines, evaluate])
         outcomes = folder / "outcomes.jsonl"
         labels = confidence.histogram(cast(list[SftRow], read_jsonl(rows)))
-        return Round(
-            number, domain, model, rows, outcomes, labels, trained, dev_metrics(read_jsonl(outcomes), s.tau)
-        )
+        return Round(number, domain, model, rows, outcomes, labels, trained, dev_metrics(read_jsonl(outcomes), s.tau))
 
 
 def stream_chain(

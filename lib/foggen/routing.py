@@ -43,9 +43,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Correct = Annotated[Share, Words, Field(description="a number from 0 to 1")]
 Score = Annotated[Share | None, Words, Field(description="a number from 0 to 1, or empty")]
 Count = Annotated[float, Field(ge=0, description="a number of at least 0")]
-Text = Annotated[
-    str, BeforeValidator(lambda value: "" if value is None else value), Field(description="text")
-]
+Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else value), Field(description="text")]
 
 
 class Outcome(BaseModel):
@@ -55,9 +53,7 @@ class Outcome(BaseModel):
     router may rank by, `votes` are the sampled answers, tokens are generated ones. Unknown columns are kept.
     """
 
-    model_config = ConfigDict(
-        extra="allow", allow_inf_nan=False, coerce_numbers_to_str=True, regex_engine="python-re"
-    )
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False, coerce_numbers_to_str=True, regex_engine="python-re")
     id: str = Field(min_length=1, description="a name, once a seed")
     domain: str = Field(pattern=r"^(?!mean$).", description="a name other than mean")
     local_correct: Correct
@@ -153,9 +149,7 @@ def _validated(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 # ---- SysAcc, random, lift
 
 
-def routing_metrics(
-    frame: pd.DataFrame, weights: Array, tau: float = 0.5, score: str = "confidence"
-) -> Array:
+def routing_metrics(frame: pd.DataFrame, weights: Array, tau: float = 0.5, score: str = "confidence") -> Array:
     """`METRICS` (resamples, metrics) of one domain: keep if the score is parsed and >= tau, else ask the cloud.
 
     random = (1 - routed) raw + routed cloud; lift = sysacc - random; oracle routes the same share of
@@ -244,9 +238,7 @@ def share_curve(
     def statistic(part: pd.DataFrame, weights: Array) -> Array:
         return np.concatenate([routing_metrics(part, weights, tau, "_score") for tau in thresholds], axis=1)
 
-    result = stats.bootstrap(
-        outcomes.assign(_score=scores), statistic, METRICS * len(thresholds), resamples, seed
-    )
+    result = stats.bootstrap(outcomes.assign(_score=scores), statistic, METRICS * len(thresholds), resamples, seed)
     runs = np.concatenate([result.point[-1:], result.draws[-1]]).reshape(-1, len(thresholds), len(METRICS))
     shares, at = np.linspace(0, 1, points), METRICS.index
     table = pd.DataFrame({"share": shares, "n": outcomes["id"].nunique()})
@@ -301,9 +293,7 @@ def choose_tau(
         table = _candidates(outcomes, sorted(candidates), score)
         fits, least = table[table["cloud_share"] <= max_cloud_share], table["cloud_share"].min()
         if fits.empty:
-            raise ValueError(
-                f"choose_tau: no candidate routes at most {max_cloud_share}; the least is {least:.3f}"
-            )
+            raise ValueError(f"choose_tau: no candidate routes at most {max_cloud_share}; the least is {least:.3f}")
         row = fits.loc[fits["accuracy"].idxmax()]
         reason = f"most accurate with cloud share <= {max_cloud_share}"
     else:
@@ -382,9 +372,7 @@ SCORES = {  # column: name, edge passes and extra tokens a query
 }
 
 
-def baselines(
-    outcomes: pd.DataFrame, train: pd.DataFrame | None = None, tau: float = 0.5
-) -> dict[str, Baseline]:
+def baselines(outcomes: pd.DataFrame, train: pd.DataFrame | None = None, tau: float = 0.5) -> dict[str, Baseline]:
     """The routers that these outcomes can score: all keep the same local answer and differ in what they route."""
     kept, even = float((outcomes["confidence"] >= tau).mean()), np.ones(len(outcomes))
     found = {
@@ -470,9 +458,7 @@ def published(name: str = "fg", path: Path = ROOT / "data" / "published.json") -
         table["random_again"] = table["raw"] + table["routed"] / 100 * (table["cloud"] - table["raw"])
         table["lift"] = table["sysacc"] - table["random"]
         mean, means = table["domain"] == MEAN, ["random_again", "lift"]
-        table.loc[mean, means] = (
-            table.loc[~mean, means].mean().to_numpy()
-        )  # 4.64, where rounded columns give 4.7
+        table.loc[mean, means] = table.loc[~mean, means].mean().to_numpy()  # 4.64, where rounded columns give 4.7
     return table
 
 

@@ -99,9 +99,7 @@ def recognise(rows: Sequence[Row], given: Columns) -> Columns:
         )
         values["options"] = next((columns for columns in series if len(columns) > 1), [])
     missing = [field for field in ("question", "answer") if values[field] is None]
-    if values["options"] == [] and not any(
-        _inside(read(row, values["question"] or "")).options for row in rows
-    ):
+    if values["options"] == [] and not any(_inside(read(row, values["question"] or "")).options for row in rows):
         missing.insert(1, "options")
     if missing:
         raise ShapeError(_advice(rows, values, f"cannot tell which column holds: {', '.join(missing)}"))
@@ -120,9 +118,7 @@ def _advice(rows: Sequence[Row], values: Mapping[str, Any], trouble: str) -> str
     """What is wrong, the columns, one row, and the lines to write into the profile."""
     sample = rows[0] if rows else {}
     kinds = ", ".join(f"{name} ({type(value).__name__})" for name, value in sample.items())
-    shown = {
-        name: value if len(str(value)) < 200 else f"{str(value)[:200]}..." for name, value in sample.items()
-    }
+    shown = {name: value if len(str(value)) < 200 else f"{str(value)[:200]}..." for name, value in sample.items()}
     wanted = {
         "question": "<column of the question>",
         "options": "<column of the options, or a list of columns: [a, b, c, d]>",
@@ -132,9 +128,7 @@ def _advice(rows: Sequence[Row], values: Mapping[str, Any], trouble: str) -> str
     lines = [f"      {field}: {values.get(field) or wanted[field]}".replace("'", "") for field in wanted]
     row = json.dumps(shown, ensure_ascii=False, default=str)
     head = [f"{trouble}.", f"  its columns: {kinds}", f"  one row: {row}"]
-    return "\n".join(
-        [*head, "  write into the profile, under this entry of data.sources:", "    columns:", *lines]
-    )
+    return "\n".join([*head, "  write into the profile, under this entry of data.sources:", "    columns:", *lines])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -194,9 +188,7 @@ def _unmarked(options: Any) -> Any:
         return options
     texts = [_text(one) for one in options]
     marks = [_MARK.match(text) if isinstance(text, str) else None for text in texts]
-    if texts and all(
-        mark and mark[1].upper() == letter for mark, letter in zip(marks, LETTERS, strict=False)
-    ):
+    if texts and all(mark and mark[1].upper() == letter for mark, letter in zip(marks, LETTERS, strict=False)):
         return [text[mark.end() :] for text, mark in zip(texts, marks, strict=True) if mark]
     return texts
 
@@ -210,9 +202,7 @@ def _inside(question: Any) -> Asked:
     marks = marks[start:]
     ends = [*(mark.start() for mark in marks[1:]), len(question)]
     texts = [question[mark.end() : end].strip() for mark, end in zip(marks, ends, strict=True)]
-    stem = re.sub(
-        r"(?i)\n\s*(options|choices|answer choices)\s*:?\s*$", "", question[: marks[0].start()].rstrip()
-    )
+    stem = re.sub(r"(?i)\n\s*(options|choices|answer choices)\s*:?\s*$", "", question[: marks[0].start()].rstrip())
     texts[-1] = re.sub(r"(?is)\n\s*answer\s*:?\s*$", "", texts[-1])
     return Asked(stem, texts, [mark[1] for mark in marks])
 
@@ -224,11 +214,7 @@ def _inside(question: Any) -> Asked:
 def _by_letter(answer: Any, options: Sequence[str], labels: Sequence[str]) -> int | None:
     if isinstance(answer, str) and answer.strip() in labels:
         return labels.index(answer.strip())
-    match = (
-        re.fullmatch(r"\(?([A-Za-z])(?:[).:].*)?", answer.strip(), re.DOTALL)
-        if isinstance(answer, str)
-        else None
-    )
+    match = re.fullmatch(r"\(?([A-Za-z])(?:[).:].*)?", answer.strip(), re.DOTALL) if isinstance(answer, str) else None
     return LETTERS.index(match[1].upper()) if match else None
 
 

@@ -74,9 +74,7 @@ class Bootstrap:
     def part(self, start: int, stop: int) -> Bootstrap:
         """Some of the metrics."""
         part = slice(start, stop)
-        return Bootstrap(
-            self.rows, self.metrics[part], self.point[:, part], self.draws[..., part], self.units
-        )
+        return Bootstrap(self.rows, self.metrics[part], self.point[:, part], self.draws[..., part], self.units)
 
     def interval(self, level: float = 0.95) -> tuple[Array, Array]:
         """Percentile interval, each (rows, metrics), widened for few units and moved to centre the draws on the point.
@@ -90,9 +88,7 @@ class Bootstrap:
         tails = ndtr(np.sqrt(n / (n - 1)) * student.ppf((1 - level) / 2, n - 1))
         with warnings.catch_warnings():  # an undefined metric has no draws; the table's note explains it
             warnings.simplefilter("ignore", RuntimeWarning)
-            ends = [
-                np.nanquantile(row, [q, 0.5, 1 - q], axis=0) for row, q in zip(self.draws, tails, strict=True)
-            ]
+            ends = [np.nanquantile(row, [q, 0.5, 1 - q], axis=0) for row, q in zip(self.draws, tails, strict=True)]
             # The move must not leave the range: what is never negative stays so, and what is never above 1.
             least = np.minimum(np.nanmin(self.draws, axis=1), 0)
             most = np.maximum(np.nanmax(self.draws, axis=1), 1)
@@ -204,9 +200,7 @@ def _explain(row: pd.Series, table: pd.DataFrame, reasons: Mapping[str, str]) ->
         found.setdefault(reason, {})[name] = None
     inner = table[table["domain"] != MEAN]
     if row["domain"] == MEAN:
-        partial = [
-            name for name in reasons if name in inner and inner[name].isna().any() and pd.notna(row[name])
-        ]
+        partial = [name for name in reasons if name in inner and inner[name].isna().any() and pd.notna(row[name])]
         found |= {"mean of the domains where defined": dict.fromkeys(partial)} if partial else {}
     notes = [f"{', '.join(names)}: {why}" for why, names in found.items()]
     empty = ", ".join(inner["domain"][inner["n"] == 0])
@@ -294,9 +288,7 @@ def _rate_variance(correct: Array, weights: Array, bins: Codes, units: Codes, ra
     _, first, cell = np.unique(np.stack([units, bins]), axis=1, return_index=True, return_inverse=True)
     n, r = (np.bincount(cell, one) for one in (np.ones(len(cell)), correct))
     _, rr, rn, nn = tie_sums(bins[first], weights[:, first] ** 2, r * r, r * n, n * n)
-    filled = np.maximum(
-        np.unique(bins[first], return_counts=True)[1], 2
-    )  # units in the bin: the usual n / (n - 1)
+    filled = np.maximum(np.unique(bins[first], return_counts=True)[1], 2)  # units in the bin: the usual n / (n - 1)
     return np.asarray(np.maximum((rr - 2 * rate * rn + rate**2 * nn) * (filled / (filled - 1)), 0))
 
 

@@ -97,9 +97,7 @@ def digest(value: object) -> str:
 def code_version(code: Any) -> str:
     """A hash of a package, module, class or function that comments, layout and docstrings do not change."""
     if hasattr(code, "__path__"):
-        return digest(
-            [_source_version(file.read_text()) for file in sorted(Path(code.__path__[0]).rglob("*.py"))]
-        )
+        return digest([_source_version(file.read_text()) for file in sorted(Path(code.__path__[0]).rglob("*.py"))])
     return _source_version(textwrap.dedent(inspect.getsource(code)))
 
 
@@ -124,9 +122,7 @@ def content_hash(path: Path) -> str:
         raise FileNotFoundError(f"{path} is an input of this stage and does not exist")
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     stats = [(file, file.stat()) for file in files]
-    names = [
-        [file.relative_to(path).as_posix(), _file_hash(file, s.st_size, s.st_mtime_ns)] for file, s in stats
-    ]
+    names = [[file.relative_to(path).as_posix(), _file_hash(file, s.st_size, s.st_mtime_ns)] for file, s in stats]
     return digest(names)
 
 

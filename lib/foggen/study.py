@@ -86,9 +86,7 @@ def run_branch(settings: Settings, store: Store) -> pd.DataFrame:
             "seven domains": chosen.outcomes(label, model, ()),
         }
         tables += [
-            table[[column for column in KEPT if column in table]].assign(
-                set=kind, checkpoint=name, seed=settings.seed
-            )
+            table[[column for column in KEPT if column in table]].assign(set=kind, checkpoint=name, seed=settings.seed)
             for kind, table in sets.items()
         ]
     loan.close()
@@ -170,9 +168,7 @@ def load_results(profile: str = "pocket") -> dict[str, pd.DataFrame]:
 def side_by_side(outcomes: pd.DataFrame) -> pd.DataFrame:
     """One row a question and seed; `<variant>/<column>` for what differs between the checkpoints."""
     keys = ["id", "seed", "domain", "fact", "cloud_correct"]
-    wide = outcomes.pivot(
-        index=keys, columns="variant", values=["local_correct", "confidence", "graded_confidence"]
-    )
+    wide = outcomes.pivot(index=keys, columns="variant", values=["local_correct", "confidence", "graded_confidence"])
     wide.columns = pd.Index([f"{variant}/{column}" for column, variant in wide.columns])
     return wide.reset_index()
 
@@ -225,9 +221,7 @@ def summarise(outcomes: pd.DataFrame, resamples: int = 2000) -> pd.DataFrame:
                     "difference_high": high[i, k],
                 }
             )
-    table = pd.DataFrame(rows).merge(
-        _seed_sd(wide, statistic, names), how="left", on=["variant", "metric", "domain"]
-    )
+    table = pd.DataFrame(rows).merge(_seed_sd(wide, statistic, names), how="left", on=["variant", "metric", "domain"])
     return table.assign(n=wide["id"].nunique(), seeds=wide["seed"].nunique())
 
 

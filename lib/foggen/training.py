@@ -37,9 +37,7 @@ def limit_threads(settings: Settings) -> None:
         torch.set_num_threads(settings.threads)
 
 
-def encode_row(
-    tokenizer: PreTrainedTokenizerBase, messages: prompts.Messages, target: str
-) -> dict[str, list[int]]:
+def encode_row(tokenizer: PreTrainedTokenizerBase, messages: prompts.Messages, target: str) -> dict[str, list[int]]:
     """Token ids of a training row, and the mask of those to learn: the target and the end of the turn.
 
     The prompt has the very ids that an engine reads, so training and inference cannot drift apart.
@@ -97,15 +95,11 @@ def sft(
     encoded = [encode_row(tokenizer, row["messages"], row["target"]) for row in rows]
     kept = [row for row in encoded if len(row["input_ids"]) <= settings.sft.max_length]
     if not kept:
-        raise ValueError(
-            f"all {len(rows)} training rows are longer than sft.max_length={settings.sft.max_length}"
-        )
+        raise ValueError(f"all {len(rows)} training rows are longer than sft.max_length={settings.sft.max_length}")
     dtype = pick_dtype(settings.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     with _quiet(), tempfile.TemporaryDirectory() as scratch:
         trainer = SFTTrainer(
-            model=AutoModelForCausalLM.from_pretrained(
-                model, dtype=dtype, attn_implementation=settings.sft.attention
-            ),
+            model=AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation=settings.sft.attention),
             args=sft_config(settings, scratch, seed, bf16=dtype == torch.bfloat16),
             train_dataset=Dataset.from_list(kept),
             processing_class=tokenizer,
@@ -143,9 +137,7 @@ def sft(
             merged.save_pretrained(out)
             load_tokenizer(model, template).save_pretrained(out)
             peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory()
-            write_json(
-                out.with_name("timing.json"), {"seconds": seconds, "peak": peak}
-            )  # no part of the record
+            write_json(out.with_name("timing.json"), {"seconds": seconds, "peak": peak})  # no part of the record
             for folder in (out, out.with_name("adapter")):
                 write_text(folder / "README.md", card(settings, base, record))
     return record
@@ -282,9 +274,7 @@ def train_elsewhere(
         }
         file = write_json(Path(scratch) / "job.json", job)
         count = settings.sft.processes
-        launch = (
-            "accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no"
-        )
+        launch = "accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no"
         launch += f" --main_process_port 0 --num_processes {count} -m"
         command = [sys.executable, "-m", *(launch.split() if count > 1 else []), "foggen.training", str(file)]
         path = os.pathsep.join(filter(None, [str(ROOT / "lib"), os.environ.get("PYTHONPATH")]))

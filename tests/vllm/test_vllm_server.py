@@ -49,9 +49,7 @@ class Server:
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--kv-cache-memory-bytes", str(1 << 28)]
         environment = {**os.environ, "VLLM_API_KEY": KEY, "HF_HUB_OFFLINE": "1"}
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=log, start_new_session=True
-            )
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         end = time.monotonic() + 400
         while time.monotonic() < end and self.process.poll() is None:
             try:
@@ -112,10 +110,7 @@ def test_answers_are_those_of_the_weights(
 def test_prefixes_and_scores(
     server: Server, plain: TransformersEngine, prompts: list[Messages], tmp_path: Path
 ) -> None:
-    asked = [
-        [*prompt, {"role": "assistant", "content": "Confidence: 1.0\nFinal answer:"}]
-        for prompt in prompts[:5]
-    ]
+    asked = [[*prompt, {"role": "assistant", "content": "Confidence: 1.0\nFinal answer:"}] for prompt in prompts[:5]]
     limit = Sampling(max_tokens=1)
     assert client(server, tmp_path).generate(asked, limit) == plain.generate(asked, limit)
     ends = [[f" {letter}" for letter in "ABCD"]] * 5
@@ -123,9 +118,7 @@ def test_prefixes_and_scores(
         assert one == pytest.approx(other, abs=2e-3)
 
 
-def test_wrong_key(
-    server: Server, prompts: list[Messages], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_key(server: Server, prompts: list[Messages], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLOUD_KEY", "sk-other")
     with pytest.raises(EngineError, match="CLOUD_KEY"):
         client(server, tmp_path).generate(prompts[:3], GREEDY)

@@ -82,10 +82,7 @@ class OpenAIEngine:
         asked = {key: value for key, value in asdict(sampling).items() if key not in ("n", "seed")}
         fields = {**asked, "stop": list(sampling.stop) or None}
         answers = self._answers([self._body(prompt, fields) for prompt in prompts], sampling.n, sampling.seed)
-        return [
-            [Completion(**one) for one in answer["texts"][: sampling.n]] if answer else []
-            for answer in answers
-        ]
+        return [[Completion(**one) for one in answer["texts"][: sampling.n]] if answer else [] for answer in answers]
 
     def score(
         self, prompts: Sequence[Messages], continuations: Sequence[Sequence[str]], temperature: float = 1.0
@@ -106,9 +103,7 @@ class OpenAIEngine:
 
     def reload(self, path: Path) -> None:
         """A server's weights are its own."""
-        raise EngineError(
-            f"engine openai cannot load {path}: use engine transformers or vllm for a trained model"
-        )
+        raise EngineError(f"engine openai cannot load {path}: use engine transformers or vllm for a trained model")
 
     def sleep(self) -> None:
         """Nothing of this machine is held."""
@@ -135,9 +130,7 @@ class OpenAIEngine:
             try:
                 return future.result()
             except BaseException as error:
-                self._failed = Stopped(
-                    str(error)
-                )  # Ctrl-C: answers on their way are still kept, nothing new is asked
+                self._failed = Stopped(str(error))  # Ctrl-C: answers on their way are still kept, nothing new is asked
                 raise
 
     async def _all(self, bodies: list[dict[str, Any]], n: int, seed: int, key: str) -> list[Answer | None]:
@@ -193,9 +186,7 @@ class OpenAIEngine:
 
     def _explain(self, error: Exception, message: str) -> str:
         if _transient(error):
-            return (
-                f"cloud: gave up after {self.attempts} attempts (`attempts`); run again to resume. {message}"
-            )
+            return f"cloud: gave up after {self.attempts} attempts (`attempts`); run again to resume. {message}"
         status = getattr(error, "status_code", 0)
         setting = SETTINGS.get(status, "the server's log").replace(
             "key_variable`", f"key_variable` ({self.key_variable})"
@@ -229,10 +220,7 @@ class _Progress:
             self.report()
 
     def report(self) -> None:
-        cost = (
-            sum(tokens * price for tokens, price in zip(self.engine.used, self.engine.prices, strict=True))
-            / 1e6
-        )
+        cost = sum(tokens * price for tokens, price in zip(self.engine.used, self.engine.prices, strict=True)) / 1e6
         text = "cloud: %d answers to %d new questions; so far %d + %d tokens, about $%.4f"
         log.info(text, self.done, self.todo, *self.engine.used, cost)
 
@@ -261,9 +249,7 @@ def _transient(error: BaseException) -> bool:
     if isinstance(error, openai.APIStatusError):
         unpaid = error.code == "insufficient_quota"
         return not unpaid and (error.status_code in (408, 409, 429) or error.status_code >= 500)
-    return isinstance(
-        error, (openai.APIConnectionError, openai.APIResponseValidationError, BadAnswer, ValueError)
-    )
+    return isinstance(error, (openai.APIConnectionError, openai.APIResponseValidationError, BadAnswer, ValueError))
 
 
 def _retry_after(error: BaseException | None) -> float | None:
@@ -287,9 +273,7 @@ def _log_probability(answer: Answer | None, text: str) -> float:
     """The sum over the last prompt tokens that spell `text`."""
     listed = (answer or {}).get("prompt_logprobs")
     if not listed:
-        raise EngineError(
-            "score: this server (`base_url`) reports no prompt log-probabilities; `vllm serve` does"
-        )
+        raise EngineError("score: this server (`base_url`) reports no prompt log-probabilities; `vllm serve` does")
     total, spelled = 0.0, ""
     for token in reversed(listed):
         if spelled == text or token is None:

@@ -61,9 +61,7 @@ class TransformersEngine:
             raise EngineError(f"{self.name}: not for engine transformers ({problem}); use engine: vllm")
 
     @classmethod
-    def load(
-        cls, path: str | Path, dtype: str = "auto", device: str = "auto", **options: Any
-    ) -> TransformersEngine:
+    def load(cls, path: str | Path, dtype: str = "auto", device: str = "auto", **options: Any) -> TransformersEngine:
         """From a folder or hub name. `dtype`: auto, float32, bfloat16, float16; `device`: auto, cpu, cuda..."""
         where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
         with no_bars():
@@ -94,9 +92,7 @@ class TransformersEngine:
         self, prompts: Sequence[Messages], continuations: Sequence[Sequence[str]], temperature: float = 1.0
     ) -> list[list[float]]:
         """As in `Engine`. A prompt and all its continuations, as a trie, are one row of one pass."""
-        ids = {
-            text: plain_ids(self.tokenizer, text) for text in {t for texts in continuations for t in texts}
-        }
+        ids = {text: plain_ids(self.tokenizer, text) for text in {t for texts in continuations for t in texts}}
         if not all(ids.values()):
             raise EngineError("score: a continuation is empty; expected at least one token")
         known = {texts: Trie.of([ids[text] for text in texts]) for texts in set(map(tuple, continuations))}
@@ -132,9 +128,7 @@ class TransformersEngine:
         prefix, rows = split_prefix([encode_chat(self.tokenizer, messages) for messages in prompts])
         longest = len(prefix) + max(map(len, rows), default=0) + more
         if longest > window(self.model):
-            raise EngineError(
-                f"{longest} tokens are beyond the sliding window of {self.name}; use engine: vllm"
-            )
+            raise EngineError(f"{longest} tokens are beyond the sliding window of {self.name}; use engine: vllm")
         return prefix, rows
 
     def _root(self, prefix: Ids) -> Level | None:
@@ -188,9 +182,7 @@ class TransformersEngine:
         text = cut_at_stop(whole, sampling.stop)
         return Completion(text, len(ids), ids[-1] in self.end_ids or text != whole)
 
-    def _score(
-        self, root: Level | None, rows: list[Ids], tries: list[Trie], temperature: float
-    ) -> list[list[float]]:
+    def _score(self, root: Level | None, rows: list[Ids], tries: list[Trie], temperature: float) -> list[list[float]]:
         """Log-probabilities of the ends of each row's trie."""
         ids, causal = self._padded(rows)
         width, most = ids.shape[1], max(len(trie.tokens) for trie in tries)
@@ -212,9 +204,7 @@ class TransformersEngine:
         total = gains.new_zeros(sum(counts)).index_add(0, end + self._tensor(first), gains)
         return [part.tolist() for part in torch.split(total, counts)]
 
-    def _batches(
-        self, rows: list[Ids], ahead: int, held: int, most: int | None = None
-    ) -> Iterator[list[int]]:
+    def _batches(self, rows: list[Ids], ahead: int, held: int, most: int | None = None) -> Iterator[list[int]]:
         """Indices of rows, longest first: at most `most`, and as many as budget and memory allow.
 
         After its own tokens a row is counted with `ahead` tokens in the budget, and may come to hold `held`.
@@ -283,12 +273,8 @@ class Trie(NamedTuple):
     """Continuations of one prompt as a tree of the tokens to be run: all but each continuation's last one."""
 
     tokens: Ids
-    seen: np.ndarray[
-        Any, np.dtype[np.bool_]
-    ]  # [tokens, tokens]: itself and those before it in its continuations
-    steps: np.ndarray[
-        Any, np.dtype[np.int64]
-    ]  # [steps, 3]: node (0: the prompt's end), token after it, whose end
+    seen: np.ndarray[Any, np.dtype[np.bool_]]  # [tokens, tokens]: itself and those before it in its continuations
+    steps: np.ndarray[Any, np.dtype[np.int64]]  # [steps, 3]: node (0: the prompt's end), token after it, whose end
     ends: int
 
     @classmethod

@@ -56,9 +56,7 @@ class Level:
     def scatter(self, joined: Tensor) -> Tensor:
         """The way back."""
         sequences, heads, queries, _ = joined.shape
-        rows = (
-            joined.view(sequences, heads, self.most, queries // self.most, -1).transpose(1, 2).flatten(0, 1)
-        )
+        rows = joined.view(sequences, heads, self.most, queries // self.most, -1).transpose(1, 2).flatten(0, 1)
         return rows if self.place is None else rows[self.place]
 
 
@@ -117,9 +115,7 @@ class Tree:
 
 def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where something is seen, else very low."""
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
-        ~seen, torch.finfo(dtype).min / 2
-    )
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min / 2)
 
 
 def tree_attention(
@@ -167,14 +163,11 @@ def _prompts(
     if shared:
         _, above, worth = shared[0]
         keys, values = (
-            torch.cat([old.expand(len(query), -1, -1, -1), new], 2)
-            for old, new in ((above, key), (worth, value))
+            torch.cat([old.expand(len(query), -1, -1, -1), new], 2) for old, new in ((above, key), (worth, value))
         )
         bias = bias if bias is None else torch.nn.functional.pad(bias, (above.shape[2], 0))
     grouped = query.shape[1] != key.shape[1]
-    out = torch.nn.functional.scaled_dot_product_attention(
-        query, keys, values, bias, scale=scaling, enable_gqa=grouped
-    )
+    out = torch.nn.functional.scaled_dot_product_attention(query, keys, values, bias, scale=scaling, enable_gqa=grouped)
     return out.transpose(1, 2).contiguous()
 
 
@@ -213,11 +206,7 @@ def tree_problem(model: PreTrainedModel) -> str | None:
     except TypeError as error:
         return str(error)
     off = float((got - want).abs().max() / want.abs().max())
-    return (
-        None
-        if off < (1e-3 if model.dtype == torch.float32 else 5e-2)
-        else f"its logits would be off by {off:.1%}"
-    )
+    return None if off < (1e-3 if model.dtype == torch.float32 else 5e-2) else f"its logits would be off by {off:.1%}"
 
 
 def window(model: PreTrainedModel) -> float:

@@ -122,9 +122,7 @@ class VLLMEngine:
             self.llm.wake_up(tags=["kv_cache"])
         self.asleep = False
         if not self.llm.reset_prefix_cache():
-            raise EngineError(
-                "vLLM kept its prefix cache over a reload: its next answers would mix two models"
-            )
+            raise EngineError("vLLM kept its prefix cache over a reload: its next answers would mix two models")
 
     def close(self) -> None:
         """Ends vLLM and frees its memory."""
