@@ -1,5 +1,5 @@
 # make reproduce [PROFILE=pocket] [RUN=runs/pocket] [SEED=0] [QUESTIONS=path] [ARGS="-p rounds=7"]
-# make test | lab | lint | clean | pocket | pocket-check | bench | plan
+# make test | lab | lint | clean | pocket | pocket-check | bench | bench-gpu | plan
 # Every target makes its own virtual environment first; PYTHON names the interpreter it is made with.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ BIN := .venv/bin
 STAMP := .venv/.pinned
 TEST_RUN := runs/test
 
-.PHONY: setup reproduce plan test test-slow lab lint clean pocket pocket-check bench
+.PHONY: setup reproduce plan test test-slow lab lint clean pocket pocket-check bench bench-gpu
 .NOTPARALLEL:
 
 setup: $(STAMP)
@@ -49,12 +49,15 @@ clean:
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 pocket: $(STAMP)
-	$(BIN)/python -m foggen.pocket $(ARGS)
+	$(BIN)/python data/pocket/make_pocket.py $(ARGS)
 
 pocket-check: $(STAMP)
-	$(BIN)/python -m foggen.pocket --check $(ARGS)
+	$(BIN)/python data/pocket/make_pocket.py --check $(ARGS)
 
 bench: $(STAMP)
-	$(BIN)/python -m foggen.bench $(ARGS)
+	$(BIN)/python tests/benchmarks/cpu.py $(ARGS)
+
+bench-gpu: $(STAMP)
+	$(BIN)/python tests/benchmarks/gpu.py $(ARGS)
 
 include vllm.mk

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from tiny import make_model, make_questions, make_tokenizer
 
 from foggen.config import Settings, load_profile
 from foggen.questions import Question
-from foggen.store import LOCK_VARIABLE, RUN_VARIABLE
+from foggen.store import LOCK_VARIABLE, ROOT, RUN_VARIABLE
+
+sys.path.append(str(ROOT / "data" / "pocket"))  # for `import make_pocket`; `benchmarks` is found beside this file
 
 # The same examples at every run, and no judging by the clock; `--hypothesis-profile=search` looks for new ones.
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None, database=None)

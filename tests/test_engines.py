@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +21,6 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from foggen import bench
 from foggen.engines import EngineError, Sampling, make_engine
 from foggen.engines.transformers_engine import TransformersEngine, split_prefix
 from foggen.prompts import Messages, encode_chat
@@ -230,20 +228,3 @@ def test_split_prefix_leaves_a_token_each() -> None:
 def test_unknown_engine_is_named() -> None:
     with pytest.raises(EngineError, match="transformers, vllm, openai"):
         make_engine("llama", "x")
-
-
-def test_bench_compares_and_writes(
-    engine: TransformersEngine,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    engine.model.save_pretrained(tmp_path / "tiny")
-    engine.tokenizer.save_pretrained(tmp_path / "tiny")
-    monkeypatch.setattr(bench, "VLLM_PYTHON", tmp_path / "none")
-    where = ["--model", str(tmp_path / "tiny"), "--out", str(tmp_path), "--dtype", "float32"]
-    bench.main([*where, "--questions", "4", "--repeats", "1"])
-    found = json.loads((tmp_path / "tiny.json").read_text())
-    assert [row["ratio"] > 0 for row in found["rows"]] == [True] * 7
-    assert 0 < found["utilisation"]["ours"]["mfu"] < 1 and found["machine"]["dtype"] == "torch.float32"
-    assert "num_return_sequences" in capsys.readouterr().out

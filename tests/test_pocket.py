@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import make_pocket as pocket
 import pytest
 import torch
+from make_pocket import CLOUD, EDGE, POCKET, World
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from foggen import bank, pocket
-from foggen.pocket import CLOUD, EDGE, POCKET, World
+from foggen import bank
 from foggen.prompts import SYSTEM_MCQ, encode_chat, mcq_messages, plain_ids
 from foggen.questions import Question
 from foggen.store import content_hash, read_json

@@ -1,8 +1,8 @@
 """The pocket world's two language models: a tokenizer and pretraining, from the question bank alone.
 
-`python -m foggen.pocket` makes `data/pocket/edge` and `data/pocket/cloud`; `--check` verifies the committed ones.
-The edge model meets each fact often, seldom or never, the cloud model meets all of them often. What each of them
-reads is said in the model cards that this module writes.
+`make pocket` makes `data/pocket/edge` and `data/pocket/cloud`; `make pocket-check` verifies the committed ones. The edge
+model meets each fact often, seldom or never, the cloud model meets all of them often. What each of them reads is said
+in the model cards that this program writes.
 """
 
 from __future__ import annotations
@@ -667,7 +667,7 @@ def problems(world: World, measured: Mapping[str, Any]) -> list[str]:
 
 def model_card(world: World, record: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
     """The model's README: how it was made, what it read, what it can do."""
-    template = (Path(__file__).parent / "pocket_card.md").read_text(encoding="utf-8")
+    template = (Path(__file__).parent / "model_card.md").read_text(encoding="utf-8")
     by_domain = "\n".join(f"| {name} | {value:.1%} |" for name, value in measured["accuracy_by_domain"].items())
     met = "\n".join(
         f"| {name} | {measured['questions_by_exposure'][name]} | {value:.1%} |"

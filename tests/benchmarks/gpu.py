@@ -1,6 +1,6 @@
 """How long the paper's steps take on this GPU, with a model of Qwen3-0.6B's dimensions and random weights.
 
-`python -m foggen.gpu_bench [--toy] [--engine vllm] [--attention sdpa] [--no-chain]` writes one JSON file to
+`make bench-gpu ARGS="[--toy] [--engine vllm] [--attention sdpa] [--no-chain]"` writes one JSON file to
 `data/results/gpu/` and prints the table. Speed does not depend on what weights and questions say, only on their sizes,
 so nothing is downloaded. `--toy`: everything a hundredth the size, to try the script on a CPU.
 """
@@ -203,7 +203,7 @@ def table(found: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(prog="python -m foggen.gpu_bench", description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--toy", action="store_true", help="a hundredth of everything, to try the script")
     parser.add_argument("--engine", choices=("vllm", "transformers"), help="vllm where it is installed")
     parser.add_argument("--attention", default="sdpa", help="of training, such as flash_attention_2")

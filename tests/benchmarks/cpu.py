@@ -1,7 +1,7 @@
 """How fast the engines are against the usual ways of running a small model; one table of ratios from one run.
 
-`python -m foggen.bench [--model data/pocket/edge | smollm2] [--dtype auto] [--questions 256]`. The ways take turns, and
-a ratio is the median over the turns, with its range, since shared machines change their speed from minute to minute.
+`make bench ARGS="[--model data/pocket/edge | smollm2] [--dtype auto] [--questions 256]"`. The ways take turns, and a ratio
+is the median over the turns, with its range, since shared machines change their speed from minute to minute.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def vllm_times(model: Path, dtype: str, count: int, repeats: int) -> Times | Non
     """Seconds of vLLM in its own environment; None where that is not set up (`make test-vllm` does)."""
     if not VLLM_PYTHON.exists():
         return None
-    command = [str(VLLM_PYTHON), "-m", "foggen.bench", "--inside-vllm", "--model", str(model)]
+    command = [str(VLLM_PYTHON), __file__, "--inside-vllm", "--model", str(model)]
     command += ["--dtype", dtype, "--questions", str(count), "--repeats", str(repeats)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "lib")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -353,7 +353,7 @@ def table(found: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the table and writes `data/results/bench/<model>.json`."""
-    parser = argparse.ArgumentParser(prog="foggen.bench")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--model", default="data/pocket/edge", help="a folder, or smollm2")
     parser.add_argument("--dtype", default="auto", help="auto: bfloat16 where the hardware has it, else float32")
     parser.add_argument("--questions", type=int, default=256)
