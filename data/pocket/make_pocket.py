@@ -1,8 +1,8 @@
 """The pocket world's two language models: a tokenizer and pretraining, from the question bank alone.
 
-`make pocket` makes `data/pocket/edge` and `data/pocket/cloud`; `make pocket-check` verifies the committed ones. The edge
-model meets each fact often, seldom or never, the cloud model meets all of them often. What each of them reads is said
-in the model cards that this program writes.
+`make pocket` makes `data/pocket/edge` and `data/pocket/cloud`; `make pocket-check` verifies the committed ones. The
+edge model meets each fact often, seldom or never, the cloud model meets all of them often. What each of them reads is
+said in the model cards that this program writes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How fast the engines are against the usual ways of running a small model; one table of ratios from one run.
 
-`make bench ARGS="[--model data/pocket/edge | smollm2] [--dtype auto] [--questions 256]"`. The ways take turns, and a ratio
-is the median over the turns, with its range, since shared machines change their speed from minute to minute.
+`make bench ARGS="[--model data/pocket/edge | smollm2] [--dtype auto] [--questions 256]"`. The ways take turns, and
+a ratio is the median over the turns, with its range, since shared machines change their speed from minute to minute.
 """
 
 from __future__ import annotations
