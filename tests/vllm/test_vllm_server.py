@@ -92,7 +92,7 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def client(server: Server, cache: Path, **options: Any) -> OpenAIEngine:
     url = f"http://127.0.0.1:{server.port}/v1"
-    settings = {"key_variable": "CLOUD_KEY", "backoff": 0.1, "attempts": 4, **options}
+    settings = {"key_variable": "CLOUD_KEY", "max_retries": 4, **options}
     return OpenAIEngine("cloud", base_url=url, cache=cache, **settings)
 
 
