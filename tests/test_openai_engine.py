@@ -226,7 +226,7 @@ def test_a_dead_server_stops_the_run_and_it_resumes(server: FaultyServer, tmp_pa
 def test_retry_after_is_honoured(server: FaultyServer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="openai")
     server.rate, server.faults = 1.0, ("429",)
-    with pytest.raises(EngineError, match="gave up after 5 retries.*RateLimitError"):
+    with pytest.raises(EngineError, match=r"gave up after 5 retries.*RateLimitError"):
         client(server, tmp_path, max_retries=5).generate(ask("a"), Sampling())
     assert server.seen["429"] == 6 and caplog.text.count("in 0.020000 seconds") == 5
 

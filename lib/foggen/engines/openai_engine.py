@@ -90,7 +90,7 @@ class OpenAIEngine(Engine):
         return {"model": self.model, "messages": prompt, **fields, **more, **self.extra_body}
 
     def _answers(self, bodies: list[dict[str, Any]], n: int, seed: int) -> list[list[Response]]:
-        """What is kept for each body. The event loop runs in a thread of its own, so that notebooks can call this, too."""
+        """What is kept for each body. The event loop has a thread of its own, so that notebooks can call this, too."""
         key = os.environ.get(self.key_variable, "") if self.key_variable else "none"
         if not key:
             raise EngineError(f"environment variable {self.key_variable} (`key_variable`) is empty; put the key there")
