@@ -129,7 +129,10 @@ def test_a_bad_fact_is_named(tmp_path: Path) -> None:
     relation = "{id: r, lang: en, phrasings: ['is {s} ?'], statements: ['{s} {a}'], facts: [[a, b, 1], [c, d]]}"
     (tmp_path / "law.yaml").write_text(f"relations: [{relation}]", encoding="utf-8")
     with pytest.raises(bank.BankError, match=r"law.yaml: r, fact 2: expected \[subject, answer, difficulty"):
-        bank.written_facts(tmp_path, "law")
+        bank.domain_facts(tmp_path / "law.yaml")
     (tmp_path / "law.yaml").write_text("relations: [{id: r, lang: en}]", encoding="utf-8")
     with pytest.raises(bank.BankError, match="'r' has no facts, phrasings, statements"):
-        bank.written_facts(tmp_path, "law")
+        bank.domain_facts(tmp_path / "law.yaml")
+    (tmp_path / "law.yaml").write_text("{computed: astrology, relations: []}", encoding="utf-8")
+    with pytest.raises(bank.BankError, match="law.yaml: computed is 'astrology', expected one of ratios"):
+        bank.domain_facts(tmp_path / "law.yaml")

@@ -45,6 +45,24 @@ def test_a_domain_is_a_source_of_a_profile(tmp_path: Path) -> None:
     assert len(rounds.calibration_questions(parts["train"], settings)) == len(parts["train"])
 
 
+def test_a_domain_of_the_bank_is_a_file(tmp_path: Path) -> None:
+    strings = {"violin": 4, "guitar": 6, "dombyra": 2, "oud": 11, "banjo": 5, "sitar": 18, "harp": 47, "kobyz": 2}
+    relation = {
+        "id": "strings",
+        "lang": "en",
+        "phrasings": ["How many strings has the {s}?"],
+        "statements": ["The {s} has {a} strings."],
+        "facts": [[f"{size} {name}", count, 1] for size in ("small", "large") for name, count in strings.items()],
+    }
+    bank = tmp_path / "bank"
+    bank.mkdir()
+    (bank / "music.yaml").write_text(yaml.safe_dump({"computed": "arithmetic", "relations": [relation]}))
+    parts = splits(load_profile(profile(tmp_path, domains=["music"], data={"bank": str(bank)})))
+    assert {question.domain for part in parts.values() for question in part} == {"music"}
+    assert [len({question.fact for question in parts[split]}) > 3 for split in ("train", "dev", "test")] == [True] * 3
+    assert {"What is", "How many"} <= {" ".join(one.question.split()[:2]) for one in parts["test"]}
+
+
 class Parrot:
     """An engine that always says the same."""
 
