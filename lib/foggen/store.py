@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import resource
 import shutil
 import sys
@@ -46,11 +47,10 @@ def progress(line: str) -> None:
 def write_text(path: Path, text: str) -> Path:
     """Writes a file under a temporary name and renames it, so that no reader sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".tmp-", delete=False) as file:
         file.write(text)
-    os.chmod(name, 0o644)  # mkstemp makes private files
-    os.replace(name, path)
+    os.chmod(file.name, 0o644)  # a temporary file is private
+    os.replace(file.name, path)
     return path
 
 
@@ -97,17 +97,15 @@ def digest(value: object) -> str:
 def code_version(code: Any) -> str:
     """A hash of a package, module, class or function that comments, layout and docstrings do not change."""
     if hasattr(code, "__path__"):
-        return digest([_source_version(file.read_text()) for file in sorted(Path(code.__path__[0]).rglob("*.py"))])
-    return _source_version(textwrap.dedent(inspect.getsource(code)))
-
-
-def _source_version(source: str) -> str:
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            documented = ast.get_docstring(node, clean=False) is not None
-            node.body = node.body[1:] if documented else node.body
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+        sources = [file.read_text() for file in sorted(Path(code.__path__[0]).rglob("*.py"))]
+    else:
+        sources = [textwrap.dedent(inspect.getsource(code))]
+    trees = [ast.parse(source) for source in sources]
+    with_docstrings = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, with_docstrings) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
+    return digest([ast.dump(tree) for tree in trees])
 
 
 @functools.cache
@@ -122,8 +120,9 @@ def content_hash(path: Path) -> str:
         raise FileNotFoundError(f"{path} is an input of this stage and does not exist")
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     stats = [(file, file.stat()) for file in files]
-    names = [[file.relative_to(path).as_posix(), _file_hash(file, s.st_size, s.st_mtime_ns)] for file, s in stats]
-    return digest(names)
+    return digest(
+        [[file.relative_to(path).as_posix(), _file_hash(file, s.st_size, s.st_mtime_ns)] for file, s in stats]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -137,11 +136,9 @@ def run_folder(run: str | Path) -> Path:
 
 def peak_memory() -> int:
     """The most memory this process has held so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count what the parent held before this process started
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-        if "VmHWM" in lines:
-            return int(lines["VmHWM"].split()[0]) * 1024
+    status = Path("/proc/self/status")  # getrusage would count what the parent held before this process started
+    if status.exists() and (peak_kib := re.search(r"VmHWM:\s*(\d+)", status.read_text())):
+        return int(peak_kib[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -169,10 +166,8 @@ class Store:
             self._lock.acquire(timeout=0)
         except Timeout:
             by = owner.read_text() if owner.exists() else "another process"
-            raise RunBusyError(
-                f"{self.run.name}: this run folder is in use by {by}. "
-                "Wait for it to end, or choose another folder (RUN=...)."
-            ) from None
+            advice = "Wait for it to end, or choose another folder (RUN=...)."
+            raise RunBusyError(f"{self.run.name}: this run folder is in use by {by}. {advice}") from None
         try:
             owner.write_text(f"process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
             for left in [*self.run.rglob(".tmp-*")]:
@@ -203,25 +198,16 @@ class Store:
         folder = self.stages / f"{name}-{digest(parts)[:12]}"
         if folder.exists():
             return folder
-        with self.locked():
+        with self.locked(), tempfile.TemporaryDirectory(dir=self.stages, prefix=".tmp-") as temporary:
             started = time.time()
-            working = Path(tempfile.mkdtemp(dir=self.stages, prefix=".tmp-"))
-            try:
-                compute(working)
-                seconds = round(time.time() - started, 3)
-                record = {
-                    "stage": folder.name,
-                    "started": started,
-                    "seconds": seconds,
-                    "peak": peak_memory(),
-                    **parts,
-                }
-                write_json(working / "stage.json", record)
-                working.chmod(0o755)
-                if not folder.exists():
-                    os.replace(working, folder)
-            finally:
-                shutil.rmtree(working, ignore_errors=True)
+            working = Path(temporary) / name
+            working.mkdir()
+            compute(working)
+            seconds = round(time.time() - started, 3)
+            record = {"stage": folder.name, "started": started, "seconds": seconds, "peak": peak_memory(), **parts}
+            write_json(working / "stage.json", record)
+            if not folder.exists():
+                os.replace(working, folder)
             self._write_manifest()
         progress(f"  {name}: {seconds:.1f} s")
         return folder
@@ -231,9 +217,7 @@ class Store:
         path = path.resolve()
         if path.parent.name == "snapshots":
             return f"{path.parent.parent.name}@{path.name}"
-        if path.is_relative_to(self.stages):
-            return path.relative_to(self.stages).as_posix()
-        return content_hash(path)
+        return path.relative_to(self.stages).as_posix() if path.is_relative_to(self.stages) else content_hash(path)
 
     def _write_manifest(self) -> None:
         """All stages present, in the order they were made: read from the stages, so it cannot disagree with them."""
