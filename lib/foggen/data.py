@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from pathlib import Path
+from typing import Any
 
 from foggen import bank
 from foggen.config import Settings, Source
@@ -27,20 +27,8 @@ from foggen.questions import (
 from foggen.store import ROOT, digest, progress
 
 SHARES = {"train": 0.6, "dev": 0.1, "test": 0.3}  # of a data set without splits of its own
-OWN_SPLITS = {
-    "train": "train",
-    "validation": "dev",
-    "valid": "dev",
-    "val": "dev",
-    "dev": "dev",
-    "test": "test",
-}
+OWN_SPLITS = {"train": "train", "validation": "dev", "valid": "dev", "val": "dev", "dev": "dev", "test": "test"}
 UNUSABLE = 0.1  # the share of a hub set's rows that may be unusable, and are left out
-
-
-def _resolve(path: str) -> Path:
-    """A path of the checkout, or an absolute one."""
-    return ROOT / path
 
 
 def splits(settings: Settings) -> dict[str, list[Question]]:
@@ -52,10 +40,10 @@ def splits(settings: Settings) -> dict[str, list[Question]]:
     if settings.data.sources:
         parts = _from_sources(settings.data.sources)
     else:
-        facts = bank.load_facts(_resolve(settings.data.bank))
+        facts = bank.load_facts(ROOT / settings.data.bank)
         parts = {split: bank.make_questions(facts, split) for split in SHARES}
     if settings.data.questions:
-        parts["test"] = load_questions(_resolve(settings.data.questions))
+        parts["test"] = load_questions(ROOT / settings.data.questions)
     return _held_out(parts)
 
 
@@ -101,21 +89,14 @@ def _roles(source: Source, groups: dict[str, list[Question]]) -> dict[str, list[
     if source.use in SHARES:
         return {str(source.use): everything}
     own: dict[str, list[Question]] = {}
-    for split, questions in groups.items():
-        own.setdefault(OWN_SPLITS.get(split, ""), []).extend(questions)
-    own.pop("", None)
+    for name, questions in groups.items():
+        if name in OWN_SPLITS:
+            own.setdefault(OWN_SPLITS[name], []).extend(questions)
     if source.use == "divide" or "test" not in own:
         return split_by_fact(everything, SHARES, seed=0)
     if "train" in own and "dev" not in own:
         own |= split_by_fact(own["train"], {"train": 0.9, "dev": 0.1}, seed=0)
     return own
-
-
-def _few(questions: list[Question], n: int | None) -> list[Question]:
-    """At most `n` at random, in the order given."""
-    if n is None or n >= len(questions):
-        return questions
-    return [questions[index] for index in sorted(random.Random(0).sample(range(len(questions)), n))]
 
 
 def load_source(source: Source) -> dict[str, list[Question]]:
@@ -125,38 +106,46 @@ def load_source(source: Source) -> dict[str, list[Question]]:
     than a tenth (fewer are left out, and counted on stderr). Raises HubError where the hub does not give it.
     """
     if is_local(source.path):
-        groups = {
-            file.stem: load_questions(file, source.columns, source.domain)
-            for file in question_files(_resolve(source.path))
-        }
-        return {name: _few(group, source.rows) for name, group in groups.items()}
-    from datasets import ClassLabel, load_dataset
+        files = question_files(ROOT / source.path)
+        return {file.stem: _few(load_questions(file, source.columns, source.domain), source.rows) for file in files}
+    from datasets import load_dataset
 
     with explained(source.path, "dataset", source.revision):
         found = load_dataset(source.path, source.name, split=source.split, revision=source.revision, token=token())
-    groups = {}
-    for split, table in ({source.split: found} if source.split else found).items():
-        if source.rows and source.rows < len(table):
-            table = table.shuffle(seed=0).select(range(source.rows))
-        rows = table.to_list()
-        for column, feature in table.features.items():
-            if isinstance(feature, ClassLabel):
-                for row in rows:  # hidden labels are -1
-                    value = row[column]
-                    row[column] = None if value is None or value < 0 else feature.names[value]
-        where = "/".join(filter(None, (source.path.split("/")[-1], source.name, split)))
-        placed = [(f"{where}, row {number}", row) for number, row in enumerate(rows)]
-        problems: list[str] = []
-        shaped = shape_rows(where, placed, source.columns, source.domain, where)
-        # Ids are unique within a set, and not beside others.
-        named = [(at, {**row, "id": row["id"] if row["id"].startswith(where) else f"{where}-{row['id']}"})
-                 for at, row in shaped]  # fmt: skip
-        groups[str(split)] = check_rows(named, Question, problems)
-        if len(problems) > UNUSABLE * len(rows):
-            raise QuestionError(f"{where}: {len(problems)} problems in {len(rows)} rows:\n" + "\n".join(problems[:10]))
-        if problems:
-            progress(f"  {where}: {len(problems)} of {len(rows)} rows are unusable and left out: {problems[0]}")
-    return groups
+    tables = {source.split: found} if source.split else found
+    return {str(split): _from_table(table, str(split), source) for split, table in tables.items()}
+
+
+def _few(questions: list[Question], n: int | None) -> list[Question]:
+    """At most `n` at random, in the order given."""
+    if n is None or n >= len(questions):
+        return questions
+    return [questions[index] for index in sorted(random.Random(0).sample(range(len(questions)), n))]
+
+
+def _from_table(table: Any, split: str, source: Source) -> list[Question]:
+    """The questions of one split of a hub set, at random where only some are wanted."""
+    from datasets import ClassLabel
+
+    if source.rows and source.rows < len(table):
+        table = table.shuffle(seed=0).select(range(source.rows))
+    rows = table.to_list()
+    for column, feature in table.features.items():
+        if isinstance(feature, ClassLabel):
+            names = dict(enumerate(feature.names))  # hidden labels are -1
+            for row in rows:
+                row[column] = names.get(row[column])
+    where = "/".join(filter(None, (source.path.split("/")[-1], source.name, split)))
+    placed = [(f"{where}, row {number}", row) for number, row in enumerate(rows)]
+    questions, problems = check_rows(shape_rows(where, placed, source.columns, source.domain, where), Question)
+    if len(problems) > UNUSABLE * len(rows):
+        raise QuestionError(f"{where}: {len(problems)} problems in {len(rows)} rows:\n" + "\n".join(problems[:10]))
+    if problems:
+        progress(f"  {where}: {len(problems)} of {len(rows)} rows are unusable and left out: {problems[0]}")
+    # ids are unique within a set, and not beside others
+    return [
+        one if one.id.startswith(where) else one.model_copy(update={"id": f"{where}-{one.id}"}) for one in questions
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -168,19 +157,15 @@ def open_splits(settings: Settings) -> dict[str, list[OpenQuestion]]:
     source = settings.data.open_ended
     if source == "hub":
         return _hub_splits(settings)
-    folder = _resolve(settings.data.bank)
+    folder = ROOT / settings.data.bank
     parts = {split: bank.make_open_questions(folder, split) for split in ("train", "test")}
     if source:
-        parts["test"] = load_open_questions(_resolve(source))
+        parts["test"] = load_open_questions(ROOT / source)
     return parts
 
 
 # TruthfulQA has one split: its questions beyond the evaluated ones are the training pool.
-HUB_SPLITS = {
-    "squad": ("train", "validation"),
-    "truthfulqa": ("validation", "validation"),
-    "gsm8k": ("train", "test"),
-}
+HUB_SPLITS = {"squad": ("train", "validation"), "truthfulqa": ("validation", "validation"), "gsm8k": ("train", "test")}
 
 
 def _hub_splits(settings: Settings) -> dict[str, list[OpenQuestion]]:

@@ -9,7 +9,6 @@ import csv
 import io
 import json
 import random
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,15 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from foggen.shapes import LETTERS, Columns, ShapeError, canonical
 
-DOMAINS = (
-    "finance",
-    "science",
-    "coding",
-    "law",
-    "math",
-    "kazakh_culture",
-    "medical",
-)  # the recipe's rotation order
+# The recipe's rotation order
+DOMAINS = ("finance", "science", "coding", "law", "math", "kazakh_culture", "medical")
 TASKS = ("squad", "truthfulqa", "gsm8k")  # a file of this name holds open-ended questions
 
 
@@ -38,13 +30,15 @@ class QuestionError(ValueError):
 class Question(BaseModel):
     """A multiple-choice question. `fact` is what it asks about: the unit of splitting and of resampling."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", coerce_numbers_to_str=True)
 
-    id: str = Field(min_length=1)
-    domain: str = Field(min_length=1)
-    question: str = Field(min_length=1)
-    options: tuple[str, ...] = Field(min_length=2, max_length=len(LETTERS))
-    answer: str
+    id: str = Field(min_length=1, description="a nonempty text, unique")
+    domain: str = Field(min_length=1, description=f"a nonempty text, such as {', '.join(DOMAINS)}")
+    question: str = Field(min_length=1, description="a nonempty text")
+    options: tuple[str, ...] = Field(
+        min_length=2, max_length=len(LETTERS), description="a list of 2 to 26 distinct nonempty texts"
+    )
+    answer: str = Field(description="the letter of the right option")
     fact: str | None = None
     difficulty: int | None = None
     lang: str = "en"
@@ -75,11 +69,11 @@ class OpenQuestion(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    id: str = Field(min_length=1)
-    task: Literal["squad", "truthfulqa", "gsm8k"]
-    question: str = Field(min_length=1)
+    id: str = Field(min_length=1, description="a nonempty text, unique")
+    task: Literal["squad", "truthfulqa", "gsm8k"] = Field(description=" or ".join(TASKS))
+    question: str = Field(min_length=1, description="a nonempty text")
     context: str = ""
-    answers: tuple[str, ...] = Field(min_length=1)
+    answers: tuple[str, ...] = Field(min_length=1, description="a list of at least one text")
     incorrect: tuple[str, ...] = ()
     solution: str = ""
     fact: str | None = None
@@ -97,28 +91,14 @@ class OpenQuestion(BaseModel):
             row.setdefault("answers", list(dict.fromkeys([*best, *row["correct_answers"]])))
         if "answer" in row:
             row.setdefault("answers", [row["answer"]])
-        if "incorrect_answers" in row:
-            row.setdefault("incorrect", row["incorrect_answers"])
-        return row
+        return {"incorrect": row.get("incorrect_answers", ()), **row}
 
 
 Row = TypeVar("Row", Question, OpenQuestion)
-Placed = tuple[str, Any]  # where a row stands, and the row
+Placed = tuple[str, Any]  # where a row stands, and the row: an error where it cannot be read
 
 # ---------------------------------------------------------------------------------------------------------------
 # Loading
-
-_FORMS = {
-    "file": "UTF-8 text, one JSON object a line",
-    "row": "a JSON object",
-    "id": "a nonempty text, unique",
-    "domain": f"a nonempty text, such as {', '.join(DOMAINS)}",
-    "question": "a nonempty text",
-    "options": "a list of 2 to 26 distinct nonempty texts",
-    "answer": "the letter of the right option",
-    "answers": "a list of at least one text",
-    "task": " or ".join(TASKS),
-}
 
 
 def question_files(path: Path, open_ended: bool = False) -> list[Path]:
@@ -128,27 +108,20 @@ def question_files(path: Path, open_ended: bool = False) -> list[Path]:
     found = sorted(file for file in path.glob("*") if file.suffix in (".jsonl", ".csv", ".parquet"))
     files = [file for file in found if (file.stem in TASKS) == open_ended]
     if not files:
-        raise QuestionError(
-            f"{path}: no such file, or no .jsonl, .csv or .parquet file with questions of this kind in it"
-        )
+        kind = "no .jsonl, .csv or .parquet file with questions of this kind in it"
+        raise QuestionError(f"{path}: no such file, or {kind}")
     return files
 
 
-def _problems(place: str, error: ValidationError) -> Iterator[str]:
-    """One line a field: of several complaints about it the first, since the others follow from it."""
-    told = set()
-    for problem in error.errors():
-        whole = "answer" if problem["type"] == "value_error" else "row"
-        field = str(problem["loc"][0]) if problem["loc"] else whole
-        if field in told:
-            continue
-        told.add(field)
-        form = f"; expected: {_FORMS[field]}" if field in _FORMS else ""
-        yield f"{place}: field `{field}`: {problem['msg'].removeprefix('Value error, ')}{form}"
+def _json(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        return QuestionError(f"not JSON ({error.msg}); expected: one JSON object a line")
 
 
-def _rows(file: Path, problems: list[str]) -> list[Placed]:
-    """The rows of a file with their places; what cannot be read goes to the problems."""
+def _rows(file: Path) -> list[Placed]:
+    """The rows of a file with their places."""
     if file.suffix == ".parquet":
         from pyarrow import parquet
 
@@ -157,38 +130,47 @@ def _rows(file: Path, problems: list[str]) -> list[Placed]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        problems.append(f"{file.name}: not UTF-8 at byte {error.start}; expected: {_FORMS['file']}")
-        return []
+        return [(file.name, QuestionError(f"not UTF-8 at byte {error.start}; expected: UTF-8 text"))]
     if file.suffix == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""), restkey="(more)")
         return [(f"{file.name}, row {number}", row) for number, row in enumerate(reader, 1)]
-    placed: list[Placed] = []
-    for number, line in enumerate(text.split("\n"), 1):
-        place = f"{file.name}, line {number}"
-        try:
-            placed += [(place, json.loads(line))] if line.strip() else []
-        except json.JSONDecodeError as error:
-            problems.append(f"{place}: not JSON ({error.msg}); expected: one JSON object a line")
-    return placed
+    lines = enumerate(text.split("\n"), 1)
+    return [(f"{file.name}, line {number}", _json(line)) for number, line in lines if line.strip()]
 
 
-def check_rows(placed: Iterable[Placed], kind: type[Row], problems: list[str]) -> list[Row]:
-    """The rows that are questions; what is wrong with the others goes to the problems."""
+def _problems(place: str, error: ValidationError, kind: type[BaseModel]) -> list[str]:
+    """One line a field: of several complaints about it the first, since the others follow from it."""
+    told: dict[str, str] = {}
+    for problem in error.errors():
+        whole = "answer" if problem["type"] == "value_error" else "row"
+        name = str(problem["loc"][0]) if problem["loc"] else whole
+        field = kind.model_fields.get(name)
+        form = field.description if field else "a JSON object"
+        message = problem["msg"].removeprefix("Value error, ")
+        told.setdefault(name, f"{place}: field `{name}`: {message}" + (f"; expected: {form}" if form else ""))
+    return list(told.values())
+
+
+def check_rows(placed: Iterable[Placed], kind: type[Row]) -> tuple[list[Row], list[str]]:
+    """The rows that are questions, and what is wrong with the others."""
     rows: list[Row] = []
+    problems: list[str] = []
     seen: dict[str, str] = {}
     for place, values in placed:
+        if isinstance(values, QuestionError):
+            problems.append(f"{place}: {values}")
+            continue
         try:
             row = kind.model_validate(values)
         except ValidationError as error:
-            problems.extend(_problems(place, error))
+            problems += _problems(place, error, kind)
             continue
         if row.id in seen:
-            problems.append(
-                f"{place}: field `id`: {row.id!r} stands in {seen[row.id]} already; expected: {_FORMS['id']}"
-            )
+            trouble = f"{row.id!r} stands in {seen[row.id]} already; expected: {kind.model_fields['id'].description}"
+            problems.append(f"{place}: field `id`: {trouble}")
         seen.setdefault(row.id, place)
         rows.append(row)
-    return rows
+    return rows, problems
 
 
 def shape_rows(
@@ -196,7 +178,7 @@ def shape_rows(
 ) -> Iterator[Placed]:
     """Rows of a data set of any usual shape (see `shapes`) in the fields of a Question; `ids` begins missing ids."""
     try:
-        shaped = iter(canonical([row for _, row in placed if isinstance(row, dict)], columns, domain))
+        shaped = canonical([row for _, row in placed if isinstance(row, dict)], columns, domain)
         for number, (place, row) in enumerate(placed):
             yield place, {"id": f"{ids}-{number}", **next(shaped)} if isinstance(row, dict) else row
     except ShapeError as error:
@@ -209,12 +191,10 @@ def load_questions(path: Path, columns: Columns | None = None, domain: str | Non
     A row has question, options and answer in any usual shape, or as `columns` say, and a domain, unless `domain` is
     that of all. Raises QuestionError with every bad row of every file, or with the columns that cannot be told.
     """
-    problems: list[str] = []
     placed: list[Placed] = []
     for file in question_files(path):
-        if rows := _rows(file, problems):
-            placed += shape_rows(file.name, rows, columns or Columns(), domain, file.stem)
-    return _all_or_nothing(check_rows(placed, Question, problems), problems)
+        placed += shape_rows(file.name, _rows(file), columns or Columns(), domain, file.stem)
+    return _all_or_nothing(placed, Question)
 
 
 def load_open_questions(path: Path) -> list[OpenQuestion]:
@@ -222,16 +202,16 @@ def load_open_questions(path: Path) -> list[OpenQuestion]:
 
     A row's task is its field `task`, or else its file's name. Raises QuestionError with every bad row.
     """
-    problems: list[str] = []
     placed = [
         (place, {"task": file.stem, **row} if isinstance(row, dict) else row)
         for file in question_files(path, open_ended=True)
-        for place, row in _rows(file, problems)
+        for place, row in _rows(file)
     ]
-    return _all_or_nothing(check_rows(placed, OpenQuestion, problems), problems)
+    return _all_or_nothing(placed, OpenQuestion)
 
 
-def _all_or_nothing(rows: list[Row], problems: Sequence[str]) -> list[Row]:
+def _all_or_nothing(placed: Iterable[Placed], kind: type[Row]) -> list[Row]:
+    rows, problems = check_rows(placed, kind)
     if problems or not rows:
         raise QuestionError(f"{len(problems)} problem(s), nothing was loaded:\n" + "\n".join(problems or ["no rows"]))
     return rows
@@ -265,12 +245,11 @@ def draw_balanced(questions: Sequence[Question], n: int, domains: Sequence[str],
     Each domain has a draw of its own: with one seed for all, the same places of every domain would be drawn, and with
     them the same gold letters.
     """
-    groups = by_domain(questions)
-    sizes = [n // len(domains) + (index < n % len(domains)) for index in range(len(domains))]
+    groups, each, more = by_domain(questions), n // len(domains), n % len(domains)
     return [
         question
-        for domain, size in zip(domains, sizes, strict=True)
-        for question in draw(groups.get(domain, []), size, f"{seed}/{domain}")
+        for place, domain in enumerate(domains)
+        for question in draw(groups.get(domain, []), each + (place < more), f"{seed}/{domain}")
     ]
 
 
@@ -305,16 +284,11 @@ def describe(questions: Sequence[Question]) -> list[dict[str, Any]]:
     """One row a domain: n, facts, chance level, share of each gold letter (the constant-letter answerers' accuracy)."""
     rows = []
     for domain, group in by_domain(questions).items():
-        gold = Counter(question.answer for question in group)
-        rows.append(
-            {
-                "domain": domain,
-                "n": len(group),
-                "facts": len({question.unit for question in group}),
-                "chance": sum(1 / len(question.options) for question in group) / len(group),
-                **{f"gold {letter}": gold[letter] / len(group) for letter in sorted(gold)},
-            }
-        )
+        facts = len({question.unit for question in group})
+        chance = sum(1 / len(question.options) for question in group) / len(group)
+        gold = Counter(sorted(question.answer for question in group))
+        shares = {f"gold {letter}": n / len(group) for letter, n in gold.items()}
+        rows.append({"domain": domain, "n": len(group), "facts": facts, "chance": chance, **shares})
     return rows
 
 
@@ -326,11 +300,6 @@ class Twin(NamedTuple):
     similarity: float
 
 
-def _words(question: Question) -> str:
-    text = " ".join([question.question, *question.options]).casefold()
-    return " ".join(sorted(set(re.findall(r"\w+", text))))
-
-
 def near_duplicates(first: Sequence[Question], second: Sequence[Question], threshold: float = 0.9) -> list[Twin]:
     """Pairs across two sets whose words (question and options) overlap by at least `threshold`, most alike first.
 
@@ -340,14 +309,14 @@ def near_duplicates(first: Sequence[Question], second: Sequence[Question], thres
 
     if not first or not second:
         return []
-    count = CountVectorizer(binary=True, token_pattern=r"\S+", lowercase=False)
-    left = count.fit_transform([_words(question) for question in first])
-    right = CountVectorizer(vocabulary=count.vocabulary_, binary=True, token_pattern=r"\S+", lowercase=False)
-    shared = (left @ right.transform([_words(question) for question in second]).T).tocoo()
-    sizes = [[len(_words(question).split()) for question in questions] for questions in (first, second)]
-    twins = []
-    for i, j, both in zip(shared.row, shared.col, shared.data, strict=True):
-        similarity = float(both) / (sizes[0][i] + sizes[1][j] - float(both))
-        if similarity >= threshold:
-            twins.append(Twin(first[i].id, second[j].id, similarity))
+    texts = [" ".join([one.question, *one.options]) for one in (*first, *second)]
+    words = CountVectorizer(binary=True, token_pattern=r"\w+", preprocessor=str.casefold).fit_transform(texts)
+    sizes = words.sum(axis=1).A1
+    shared = (words[: len(first)] @ words[len(first) :].T).tocoo()
+    similarities = shared.data / (sizes[shared.row] + sizes[len(first) + shared.col] - shared.data)
+    twins = [
+        Twin(first[i].id, second[j].id, float(similarity))
+        for i, j, similarity in zip(shared.row, shared.col, similarities, strict=True)
+        if similarity >= threshold
+    ]
     return sorted(twins, key=lambda twin: -twin.similarity)
