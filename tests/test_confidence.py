@@ -27,7 +27,7 @@ from foggen.config import load_profile, override
 from foggen.engines import Completion, Sampling, make_engine
 from foggen.prompts import BUCKETS, Messages, mcq_messages, parse_response
 from foggen.questions import DOMAINS
-from foggen.rounds import encode_row
+from foggen.training import encode_row
 
 POCKET = load_profile("pocket")
 

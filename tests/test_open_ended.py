@@ -19,7 +19,7 @@ from foggen.config import Settings, load_profile
 from foggen.engines import Completion, Sampling
 from foggen.open_ended import contains, exact_match, f1, final_number, rouge_l, same_number
 from foggen.prompts import Messages
-from foggen.questions import OpenQuestion, load_open_questions
+from foggen.questions import TASKS, OpenQuestion, load_open_questions
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 real = pytest.mark.skipif(not DATA.is_dir(), reason=f"real rows are not at {DATA}")
@@ -342,7 +342,7 @@ def test_questions_on_one_passage_are_one_unit() -> None:
 
 def test_the_containment_rule_is_a_choice() -> None:
     assert open_ended.score_answer(QUESTIONS[1], "It was Elway, they say") == 0.0
-    assert open_ended.score_answer(QUESTIONS[1], "It was Elway, they say", "contains") == 1.0
+    assert open_ended.score_answer(QUESTIONS[1], "It was Elway, they say", contains) == 1.0
 
 
 def test_judge_grades_once_an_answer_and_gives_its_name() -> None:
@@ -380,8 +380,8 @@ def test_r15_rows_teach_own_traces_and_gold_answers(pocket: Settings) -> None:
     assert by_id["s"]["target"] == "Confidence: 1.0\nFinal answer: John Elway"
     assert by_id["t"]["target"] == "Confidence: 0.0\nFinal answer: Red is a habit"
     assert [row["domain"] for row in rows] == ["gsm8k", "squad", "truthfulqa"]
-    assert counts.loc["gsm8k"].to_dict() == {
-        "questions": 1, "no_trace": 0, "surplus": 0, "rows": 1, "unparsed": 1, "truncated": 1,
+    assert counts[TASKS.index("gsm8k")] == {
+        "task": "gsm8k", "questions": 1, "no_trace": 0, "surplus": 0, "rows": 1, "unparsed": 1, "truncated": 1,
     }  # fmt: skip
     assert all(sampling.n == 8 and sampling.temperature == pocket.temperature for _, sampling in engine.calls)
 
@@ -389,12 +389,12 @@ def test_r15_rows_teach_own_traces_and_gold_answers(pocket: Settings) -> None:
 def test_r15_drops_and_counts_word_problems_without_a_right_sample(pocket: Settings) -> None:
     engine = Scripted({"2+3?": ["Confidence: 1.0\nFinal answer: 6"]})
     rows, counts = open_ended.r15_rows(engine, QUESTIONS[:1], pocket, seed=0)
-    assert rows == [] and counts.loc["gsm8k", "no_trace"] == 1
+    assert rows == [] and counts[TASKS.index("gsm8k")]["no_trace"] == 1
 
 
 def test_r15_stops_at_the_settings_rows(pocket: Settings) -> None:
     many = [QUESTIONS[1].model_copy(update={"id": str(n)}) for n in range(30)]
     rows, counts = open_ended.r15_rows(one_of_each(), many, pocket, seed=0)
     assert [row["id"] for row in rows] == [str(n) for n in range(pocket.open_ended.r15.squad)]
-    assert counts.loc["squad", "surplus"] == 30 - pocket.open_ended.r15.squad
+    assert counts[TASKS.index("squad")]["surplus"] == 30 - pocket.open_ended.r15.squad
     assert json.dumps(rows)

@@ -97,11 +97,11 @@ def test_the_branch_round_replays_the_whole_buffer_and_drops_unsolved_problems(
 ) -> None:
     trained: list[list[dict[str, Any]]] = []
 
-    def note(model: Path, rows: Any, settings: Settings, out: Path, seed: int, template: Any) -> dict[str, Any]:
-        trained.append(list(rows))
-        out.mkdir()
-        (out / "weights").write_text(str(len(trained)))
-        return {"rows": len(rows)}
+    def note(job: training.Job) -> dict[str, Any]:
+        trained.append([dict(row) for row in job.rows])
+        job.out.mkdir()
+        (job.out / "weights").write_text(str(len(trained)))
+        return {"rows": len(job.rows)}
 
     monkeypatch.setattr(training, "train", note)
     settings = override(small, {"r15.squad": 3, "r15.gsm8k": 4, "r15.replay": 99} | {"rounds": 1})

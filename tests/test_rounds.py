@@ -18,7 +18,7 @@ import pytest
 from tiny import make_model
 
 from foggen import training
-from foggen.config import Settings, SettingsError, override
+from foggen.config import SettingsError, override
 from foggen.engines import Completion, Engine, Sampling
 from foggen.prompts import Messages
 from foggen.questions import by_domain
@@ -61,18 +61,11 @@ def fake_sft(monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, Any]]]:
     """Replaces training by a note of its rows, for tests of the chain's bookkeeping."""
     calls: list[list[dict[str, Any]]] = []
 
-    def note(
-        model: Path,
-        rows: list[dict[str, Any]],
-        settings: Settings,
-        out: Path,
-        seed: int,
-        template: Path | None,
-    ) -> dict[str, Any]:
-        calls.append(list(rows))
-        out.mkdir()
-        (out / "model.safetensors").write_text(str(seed))
-        return {"rows": len(rows)}
+    def note(job: training.Job) -> dict[str, Any]:
+        calls.append([dict(row) for row in job.rows])
+        job.out.mkdir()
+        (job.out / "model.safetensors").write_text(str(job.seed))
+        return {"rows": len(job.rows)}
 
     monkeypatch.setattr(training, "train", note)
     return calls
@@ -90,9 +83,9 @@ def test_chain_repeats_and_comes_from_the_store(small, tmp_path, questions):
     assert str(run_chain(small, Store(tmp_path / "a"), questions, questions, nothing)) == str(first)
     again = run_chain(small, Store(tmp_path / "b"), questions, questions)
     assert [weights(result.model) for result in again] == [weights(result.model) for result in first]
-    assert [read_jsonl(r.evaluation) for r in again] == [read_jsonl(r.evaluation) for r in first]
+    assert [r.evaluation for r in again] == [r.evaluation for r in first]
     names = [stage["stage"].rsplit("-", 1)[0] for stage in read_jsonl(tmp_path / "a" / "manifest.jsonl")]
-    steps = [f"r{n:02d}-{step}" for n in range(3) for step in ("samples", "labels", "sft", "dev")]
+    steps = [f"r{n:02d}-{step}" for n in range(3) for step in ("samples", "sft", "dev")]
     assert names == [step for step in steps if step != "r00-sft"]
 
 
@@ -109,7 +102,7 @@ def test_rotation_replay_and_buffer(small, tmp_path, questions, fake_sft):
     settings = override(small, {"rounds": 5, "new_rows": 2, "calibration_rows": 4})
     results = run_chain(settings, Store(tmp_path / "run"), questions, questions, Scripted)
     assert [result.domain for result in results[1:]] == ["finance", "law", "finance", "law", "finance"]
-    new = [[row["id"] for row in read_jsonl(result.rows)] for result in results]
+    new = [[row["id"] for row in result.rows] for result in results]
     buffer = list(new[0])
     for number, rows in enumerate(fake_sft, 1):
         ids = [row["id"] for row in rows]
@@ -148,7 +141,7 @@ def test_format_install_trains_on_the_siblings_labels(small, tmp_path, questions
         settings, Store(tmp_path / "run"), questions, questions, lambda model: opened.append(model) or engine
     )
     assert opened == [sibling, results[0].model] and len(fake_sft) == 3
-    assert [row["id"] for row in fake_sft[0]] == [row["id"] for row in read_jsonl(results[0].rows)]
+    assert [row["id"] for row in fake_sft[0]] == [row["id"] for row in results[0].rows]
     assert results[0].model.parent.name.startswith("r00-sft")
 
 

@@ -14,12 +14,18 @@ from tiny import make_model, make_questions
 from foggen.config import Settings, SettingsError, override
 from foggen.engines import make_engine
 from foggen.prompts import encode_chat, mcq_messages, plain_ids, turn_end_id
-from foggen.training import TrainingError, encode_row, load_tokenizer, sft, train_elsewhere
+from foggen.training import Job, TrainingError, encode_row, load_tokenizer, sft, train_elsewhere
 
 ROWS = [
     {"messages": mcq_messages(question), "target": f"Confidence: 1.0\nFinal answer: {question.answer}"}
     for question in make_questions(2)
 ]
+
+
+def job(
+    model: Path, settings: Settings, out: Path, seed: int = 0, rows: Any = None, template: Path | None = None
+) -> Job:
+    return Job(model=model, rows=rows or ROWS, settings=settings, out=out, seed=seed, template=template)
 
 
 def weights(model: Path) -> str:
@@ -51,7 +57,7 @@ def batches(model: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch, ou
 
     with monkeypatch.context() as patch:
         patch.setattr(SFTTrainer, "compute_loss", spy)
-        sft(model, ROWS, settings, out, seed=0)
+        sft(job(model, settings, out))
     return seen
 
 
@@ -99,18 +105,18 @@ def test_batches_hold_rows_of_like_length(tiny_model, small, monkeypatch, tmp_pa
 
 def test_rows_too_long_are_left_out_and_counted(tiny_model, small, tmp_path):
     long = {"messages": [{"role": "user", "content": "word " * 900}], "target": "x"}
-    trained = sft(tiny_model, [*ROWS, long], small, tmp_path / "out", seed=0)
+    trained = sft(job(tiny_model, small, tmp_path / "out", rows=[*ROWS, long]))
     assert trained["rows"] == len(ROWS) and trained["too_long"] == 1
     with pytest.raises(ValueError, match="max_length"):
-        sft(tiny_model, [long], small, tmp_path / "none", seed=0)
+        sft(job(tiny_model, small, tmp_path / "none", rows=[long]))
 
 
 def test_sft_learns_merges_and_repeats(tiny_model, tokenizer, small, tmp_path, capfd):
     settings = override(small, {"epochs": 10, "learning_rate": 2e-2, "batch_size": 16})
-    one = sft(tiny_model, ROWS, settings, tmp_path / "one", seed=1)
-    two = sft(tiny_model, ROWS, settings, tmp_path / "two", seed=1)
+    one = sft(job(tiny_model, settings, tmp_path / "one", seed=1))
+    two = sft(job(tiny_model, settings, tmp_path / "two", seed=1))
     assert one == two and weights(tmp_path / "one") == weights(tmp_path / "two")
-    other = sft(tiny_model, ROWS, override(small, {"epochs": 1}), tmp_path / "other", seed=2)
+    other = sft(job(tiny_model, override(small, {"epochs": 1}), tmp_path / "other", seed=2))
     assert other["seed"] == 2 and weights(tmp_path / "other") != weights(tmp_path / "one")
     out, err = capfd.readouterr()
     assert not out and "%|" not in err and "step 10 of 10" in err, "no progress bars, own lines on stderr"
@@ -155,7 +161,7 @@ def test_the_adapter_is_exported_and_makes_the_merged_model(tiny_model, small, t
     from transformers import AutoModelForCausalLM
 
     settings = override(small, {"edge.model": "some/model", "learning_rate": 1e-2})
-    sft(tiny_model, ROWS, settings, tmp_path / "model", seed=0)
+    sft(job(tiny_model, settings, tmp_path / "model"))
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     merged = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -183,7 +189,7 @@ def test_bfloat16_trains_its_adapter_in_float32(tiny_model, small, monkeypatch, 
         return plain(self)
 
     monkeypatch.setattr(SFTTrainer, "train", spy)
-    record = sft(tiny_model, ROWS[:4], override(small, {"dtype": "bfloat16"}), tmp_path / "model", seed=0)
+    record = sft(job(tiny_model, override(small, {"dtype": "bfloat16"}), tmp_path / "model", rows=ROWS[:4]))
     assert kinds == {(True, torch.float32), (False, torch.bfloat16)} and record["dtype"] == "torch.bfloat16"
     assert {value.dtype for value in load_file(tmp_path / "model" / "model.safetensors").values()} == {torch.bfloat16}
 
@@ -195,7 +201,7 @@ def test_a_base_model_takes_the_siblings_template_and_ends_its_turns(tiny_model,
     (base / "chat_template.jinja").unlink()
     GenerationConfig(eos_token_id=0).save_pretrained(base)
     assert not AutoTokenizer.from_pretrained(base).chat_template
-    sft(base, ROWS, small, tmp_path / "model", seed=0, template=tiny_model)
+    sft(job(base, small, tmp_path / "model", template=tiny_model))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(tiny_model).chat_template
     assert set(GenerationConfig.from_pretrained(tmp_path / "model").eos_token_id) == {
@@ -214,8 +220,8 @@ def test_a_base_model_takes_the_siblings_template_and_ends_its_turns(tiny_model,
 
 
 def test_another_process_trains_the_same_weights(tiny_model, small, tmp_path, capfd):
-    here = sft(tiny_model, ROWS, small, tmp_path / "here" / "model", seed=5)
-    there = train_elsewhere(tiny_model, ROWS, small, tmp_path / "there" / "model", seed=5)
+    here = sft(job(tiny_model, small, tmp_path / "here" / "model", seed=5))
+    there = train_elsewhere(job(tiny_model, small, tmp_path / "there" / "model", seed=5))
     assert here == there
     assert weights(tmp_path / "here" / "model") == weights(tmp_path / "there" / "model")
     assert capfd.readouterr().err.count("step 4 of 4") == 2, "its progress is shown"
@@ -223,12 +229,12 @@ def test_another_process_trains_the_same_weights(tiny_model, small, tmp_path, ca
 
 def test_a_failing_process_is_told_with_its_last_lines(tiny_model, small, tmp_path):
     with pytest.raises(TrainingError, match=r"code 1:[\s\S]*max_length=3"):
-        train_elsewhere(tiny_model, ROWS, override(small, {"max_length": 3}), tmp_path / "model", seed=0)
+        train_elsewhere(job(tiny_model, override(small, {"max_length": 3}), tmp_path / "model"))
 
 
 def test_a_batch_is_divided_evenly(tiny_model, small, tmp_path):
     with pytest.raises(SettingsError, match=r"batch_size=4 is divided among sft\.processes=3"):
-        sft(tiny_model, ROWS, override(small, {"processes": 3}), tmp_path / "model", seed=0)
+        sft(job(tiny_model, override(small, {"processes": 3}), tmp_path / "model"))
 
 
 @pytest.mark.slow
@@ -236,6 +242,6 @@ def test_two_processes_share_a_batch(tiny_model, small, tmp_path, monkeypatch):
     """Data-parallel training on two CPU processes, through accelerate launch."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     settings: Settings = override(small, {"processes": 2})
-    record = train_elsewhere(tiny_model, ROWS, settings, tmp_path / "model", seed=0)
+    record = train_elsewhere(job(tiny_model, settings, tmp_path / "model"))
     assert record["steps"] == -(-len(ROWS) // 4) and record["rows"] == len(ROWS)
     assert weights(tmp_path / "model") != weights(tiny_model)

@@ -76,9 +76,7 @@ def bucket(p: float, tie: Literal["up", "down"] = "up") -> float:
 def sample_answers(engine: Engine, questions: Sequence[Question], settings: Settings, seed: int) -> list[Sample]:
     """Asks each question `samples` times at the recipe's temperature, and counts the right answers."""
     prompts = [mcq_messages(question, settings.prompt_variant) for question in questions]
-    sampling = Sampling(
-        n=settings.samples, temperature=settings.temperature, max_tokens=settings.max_new_tokens, seed=seed
-    )
+    sampling = Sampling(settings.samples, settings.temperature, settings.max_new_tokens, seed)
     samples: list[Sample] = []
     for question, completions in zip(questions, engine.generate(prompts, sampling), strict=True):
         texts = [completion.text for completion in completions]
@@ -183,34 +181,27 @@ def label(
 
 
 def control(
-    rows: Sequence[SftRow],
-    kind: Literal["none", "random", "permuted"],
-    seed: int,
-    overall: Sequence[float] = (),
+    rows: Sequence[SftRow], kind: Literal["none", "random", "permuted"], seed: int, overall: Sequence[float] = ()
 ) -> list[SftRow]:
     """Rows whose labels say nothing about the question: what a chain gains with them it gains without knowing.
 
     `random` draws every label from the distribution over all domains (`overall`, or the rows' own where there is
     none yet), so that not even a domain's level is left; `permuted` exchanges labels within a domain.
     """
-    labels = list(overall) if kind == "random" and overall else [row["confidence"] for row in rows]
+    labels = [row["confidence"] for row in rows]
     dice = random.Random(seed)
-    if kind == "none":
-        return list(rows)
     if kind == "random":
-        drawn = dice.choices(labels, k=len(rows))
-    else:
-        drawn = list(labels)
+        labels = dice.choices(list(overall) or labels, k=len(rows))
+    elif kind == "permuted":
+        before = list(labels)
         for domain in sorted({row["domain"] for row in rows}):
             places = [index for index, row in enumerate(rows) if row["domain"] == domain]
             for place, source in zip(places, dice.sample(places, len(places)), strict=True):
-                drawn[place] = labels[source]
-    return [relabelled(row, confidence) for row, confidence in zip(rows, drawn, strict=True)]
-
-
-def relabelled(row: SftRow, confidence: float) -> SftRow:
-    """The same row with another confidence in its label and its target text."""
-    return {**row, "confidence": confidence, "target": target_text(confidence, row["answer"])}
+                labels[place] = before[source]
+    return [
+        {**row, "confidence": confidence, "target": target_text(confidence, row["answer"])}
+        for row, confidence in zip(rows, labels, strict=True)
+    ]
 
 
 def histogram(rows: Iterable[SftRow]) -> dict[str, int]:

@@ -12,6 +12,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from foggen.config import Settings
     from foggen.engines import Completion, Engine
 
-SquadRule = Literal["exact", "contains"]
 STOP = ("\nQuestion:", "\nPassage:")  # a model that runs on starts the next question
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -49,9 +49,7 @@ HUB: dict[str, Hub] = {
 }
 
 
-def load_hub(
-    task: str, split: str, n: int | None = 200, seed: int = 0, skip: int = 0, revision: str | None = None
-) -> list[OpenQuestion]:
+def load_hub(task: str, split: str, n: int | None = 200, seed: int = 0, skip: int = 0) -> list[OpenQuestion]:
     """`n` questions (None: all) of a hub split in seeded random order, after the first `skip` of that order.
 
     TruthfulQA has one split: take n questions to evaluate, and the others with `skip=n` to train, for disjoint sets.
@@ -59,8 +57,8 @@ def load_hub(
     from datasets import load_dataset
 
     hub = HUB[task]
-    with explained(hub.path, "dataset", revision or hub.revision):
-        rows = load_dataset(hub.path, hub.name, split=split, revision=revision or hub.revision, token=token())
+    with explained(hub.path, "dataset", hub.revision):
+        rows = load_dataset(hub.path, hub.name, split=split, revision=hub.revision, token=token())
     order = random.Random(seed).sample(range(len(rows)), len(rows))
     chosen = order[skip : None if n is None else skip + n]
     return [hub_question(task, rows[index], f"{task}-{split}-{index}", split) for index in chosen]
@@ -129,11 +127,6 @@ def f1(answer: str, references: Sequence[str]) -> float:
 
     return max(map(one, references), default=0.0)
 
-
-SQUAD_RULES: dict[SquadRule, Callable[[str, Sequence[str]], float]] = {
-    "exact": exact_match,
-    "contains": contains,
-}
 
 # ---------------------------------------------------------------------------------------------------------------
 # Scorers: GSM8K
@@ -245,12 +238,17 @@ def judge(engine: Engine, questions: Sequence[OpenQuestion], answers: Sequence[s
 # Evaluation
 
 
-def score_answer(question: OpenQuestion, answer: str | None, squad_rule: SquadRule = "exact") -> float:
-    """1 for a right answer by the task's headline rule, else 0; None (no readable answer) is wrong."""
+def score_answer(
+    question: OpenQuestion, answer: str | None, squad: Callable[[str, Sequence[str]], float] = exact_match
+) -> float:
+    """1 for a right answer by the task's headline rule, else 0; None (no readable answer) is wrong.
+
+    `squad`: the rule for reading comprehension, `exact_match` or `contains`.
+    """
     if answer is None:
         return 0.0
     if question.task == "squad":
-        return SQUAD_RULES[squad_rule](answer, question.answers)
+        return squad(answer, question.answers)
     if question.task == "gsm8k":
         return same_number(answer, question.answers)
     return float(truth_margin(answer, question.answers, question.incorrect) > 0)
@@ -272,39 +270,40 @@ def ask(
     """Completions in the order of the questions; `limits` gives the new tokens of each task."""
     completions: dict[str, list[Completion]] = {}
     for task in TASKS:
-        group = [question for question in questions if question.task == task]
-        settings = Sampling(sampling.n, sampling.temperature, limits[task], sampling.seed, sampling.stop)
-        replies = engine.generate([open_messages(one) for one in group], settings) if group else []
-        completions |= {one.id: texts for one, texts in zip(group, replies, strict=True)}
+        if group := [question for question in questions if question.task == task]:
+            limited = replace(sampling, max_tokens=limits[task], stop=STOP)
+            replies = engine.generate([open_messages(one) for one in group], limited)
+            completions |= {one.id: texts for one, texts in zip(group, replies, strict=True)}
     return [completions[question.id] for question in questions]
 
 
-def evaluate_open(
-    engine: Engine,
-    questions: Sequence[OpenQuestion],
-    max_new_tokens: Mapping[str, int],
-    stop: Sequence[str] = STOP,
-    squad_rule: SquadRule = "exact",
-) -> pd.DataFrame:
+def evaluate_open(engine: Engine, questions: Sequence[OpenQuestion], max_new_tokens: Mapping[str, int]) -> pd.DataFrame:
     """Greedy answers of one model, one row a question.
 
     Columns: id, domain and task (the task's name), fact, question, gold (first reference), text, answer, confidence
     (NaN = unreadable), correct (0 or 1), tokens, parsed (an answer was read), truncated (cut at the task's
     `max_new_tokens`). An answer that is never closed scores 0 and counts as not parsed.
     """
-    replies = ask(engine, questions, max_new_tokens, Sampling(stop=tuple(stop)))
     rows = []
-    for question, (reply,) in zip(questions, replies, strict=True):
+    for question, (reply,) in zip(questions, ask(engine, questions, max_new_tokens, Sampling()), strict=True):
         answer = closed_answer(reply)
-        known = {"id": question.id, "domain": question.task, "task": question.task, "fact": unit(question)}
-        said = {
-            "text": reply.text,
-            "answer": answer,
-            "confidence": parse_open_response(reply.text).confidence,
-        }
-        score = {"correct": score_answer(question, answer, squad_rule), "tokens": reply.tokens}
-        ends = {"parsed": answer is not None, "truncated": not reply.finished}
-        rows.append({**known, "question": question.question, "gold": question.answers[0], **said, **score, **ends})
+        rows.append(
+            {
+                "id": question.id,
+                "domain": question.task,
+                "task": question.task,
+                "fact": unit(question),
+                "question": question.question,
+                "gold": question.answers[0],
+                "text": reply.text,
+                "answer": answer,
+                "confidence": parse_open_response(reply.text).confidence,
+                "correct": score_answer(question, answer),
+                "tokens": reply.tokens,
+                "parsed": answer is not None,
+                "truncated": not reply.finished,
+            }
+        )
     return pd.DataFrame(rows).astype({"confidence": float})
 
 
@@ -371,32 +370,24 @@ def r15_questions(pool: Sequence[OpenQuestion], settings: Settings) -> list[Open
 
 
 def r15_rows(
-    engine: Engine,
-    questions: Sequence[OpenQuestion],
-    settings: Settings,
-    seed: int,
-    stop: Sequence[str] = STOP,
-) -> tuple[list[OpenRow], pd.DataFrame]:
-    """The new rows of R15, labelled and (word problems) written by `engine`, and the counts a task.
+    engine: Engine, questions: Sequence[OpenQuestion], settings: Settings, seed: int
+) -> tuple[list[OpenRow], list[dict[str, Any]]]:
+    """The new rows of R15, labelled and (word problems) written by `engine`, and one row of counts a task.
 
     Rows keep the order of the questions; each task stops at its number of rows in `settings.open_ended.r15`. Counts:
     questions (asked), no_trace (dropped), surplus (beyond the number), rows; unparsed and truncated, in samples.
     """
-    limits = settings.open_ended.max_new_tokens.model_dump()
-    sampling = Sampling(settings.samples, settings.temperature, seed=seed, stop=tuple(stop))
-    sampled = ask(engine, questions, limits, sampling)
     rows: list[OpenRow] = []
-    counts = {task: Counter[str]() for task in TASKS}
+    names = ("questions", "no_trace", "surplus", "rows", "unparsed", "truncated")
+    counts = {task: Counter(dict.fromkeys(names, 0)) for task in TASKS}
+    sampling = Sampling(settings.samples, settings.temperature, seed=seed)
+    sampled = ask(engine, questions, settings.open_ended.max_new_tokens.model_dump(), sampling)
     for question, samples in zip(questions, sampled, strict=True):
         row, count = open_row(question, samples, settings.tie), counts[question.task]
-        fate = "no_trace" if row is None else "rows"
-        if row is not None and count["rows"] >= getattr(settings.open_ended.r15, question.task):
-            fate = "surplus"
-        count.update(["questions", fate])
+        full = count["rows"] >= getattr(settings.open_ended.r15, question.task)
+        if row and not full:
+            rows.append(row)
+        count.update(["questions", "no_trace" if row is None else "surplus" if full else "rows"])
         count["unparsed"] += sum(closed_answer(sample) is None for sample in samples)
         count["truncated"] += sum(not sample.finished for sample in samples)
-        rows += [row] if row is not None and fate == "rows" else []
-    columns = ["questions", "no_trace", "surplus", "rows", "unparsed", "truncated"]
-    return rows, pd.DataFrame([counts[task] for task in TASKS], index=list(TASKS), columns=columns).fillna(0).astype(
-        int
-    )
+    return rows, [{"task": task, **count} for task, count in counts.items()]

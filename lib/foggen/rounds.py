@@ -1,15 +1,18 @@
 """The chain: a buffer labelled by the raw model, then rounds of sampling, labelling, replay, fine-tuning and merging.
 
-Every step is a stage of the run's store. Knows no engine by name: models run behind the `Engine` protocol.
+What takes long is a stage of the run's store. Knows no engine by name: models run behind the `Engine` protocol.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
+
+import numpy as np
+import pandas as pd
 
 from foggen import confidence, engines, open_ended, prompts, training
 from foggen.confidence import SftRow
@@ -18,8 +21,9 @@ from foggen.engines import Engine, Sampling
 from foggen.hub import download
 from foggen.prompts import mcq_messages, parse_response
 from foggen.questions import OpenQuestion, Question, by_domain, draw, draw_balanced, subset
+from foggen.stats import CALIBRATION, calibration
 from foggen.store import ROOT, Store, digest, progress, read_json, read_jsonl, write_json, write_jsonl
-from foggen.training import encode_row, limit_threads
+from foggen.training import limit_threads
 
 EngineFactory = Callable[[Path], Engine]
 MODEL = ("engine", "engine_options", "dtype")  # settings that every answer of a model depends on
@@ -39,110 +43,6 @@ def edge_engine(settings: Settings) -> EngineFactory:
     limit_threads(settings)
     options = {"dtype": settings.dtype, **settings.engine_options}
     return lambda folder: engines.make_engine(settings.engine, folder, **options)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Evaluation
-
-
-def evaluate(engine: Engine, questions: Sequence[Question], settings: Settings) -> list[dict[str, Any]]:
-    """One greedy pass: a row a question, in the columns of an outcomes table (the cloud's are added by routing)."""
-    asked = [mcq_messages(question, settings.prompt_variant) for question in questions]
-    sampling = Sampling(n=1, temperature=0.0, max_tokens=settings.max_new_tokens)
-    rows = []
-    for question, (completion,) in zip(questions, engine.generate(asked, sampling), strict=True):
-        stated, answer = parse_response(completion.text, len(question.options))
-        rows.append(
-            {
-                "id": question.id,
-                "domain": question.domain,
-                "fact": question.fact,
-                "gold": question.answer,
-                "n_options": len(question.options),
-                "local_answer": answer,
-                "local_correct": int(answer == question.answer),
-                "confidence": stated,
-                "local_tokens": completion.tokens,
-                "text": completion.text,
-            }
-        )
-    return rows
-
-
-def dev_metrics(rows: Sequence[Mapping[str, Any]], tau: float) -> dict[str, float]:
-    """What a round's line shows: accuracy, mean confidence, share kept at `tau`, parse rate, ECE, AUROC."""
-    import numpy as np
-    import pandas as pd
-
-    from foggen.stats import CALIBRATION, calibration
-
-    frame = pd.DataFrame(rows).astype({"confidence": float})
-    values = dict(zip(CALIBRATION, calibration(frame, np.ones((1, len(frame))))[0], strict=True))
-    return {
-        "n": len(frame),
-        "accuracy": float(frame["local_correct"].mean()),
-        "confidence": float(frame["confidence"].mean()),
-        "kept": float((frame["confidence"] >= tau).mean()),
-        "parsed": float(values["parsed"]),
-        "ece": float(values["ece_bucket"]),
-        "auroc": float(values["auroc"]),
-    }
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The chain
-
-
-def calibration_questions(train: Sequence[Question], settings: Settings) -> list[Question]:
-    """The questions of R0's buffer: `calibration_rows`, in equal parts from all domains."""
-    seed = derive_seed(settings.seed, "buffer")
-    return draw_balanced(train, settings.calibration_rows, settings.domains, seed)
-
-
-def buffer_model(settings: Settings) -> Path:
-    """The model that labels R0's buffer: the edge model, or the sibling that installs the format."""
-    install, edge = settings.edge.format_install, settings.edge
-    return model_folder(install.labels_from, install.revision) if install else model_folder(edge.model, edge.revision)
-
-
-def replay(buffer: Sequence[SftRow], n: int, seed: int) -> list[SftRow]:
-    """`n` rows of the buffer at random, without repetition; all of it where it has fewer."""
-    return random.Random(seed).sample(list(buffer), min(n, len(buffer)))
-
-
-@dataclass(frozen=True)
-class Round:
-    """What one round left behind. Round 0 is the model before the chain; its rows are the calibration buffer."""
-
-    number: int
-    domain: str | None
-    model: Path
-    rows: Path  # the newly labelled rows
-    evaluation: Path  # the dev set's outcomes
-    labels: dict[str, int]  # new rows a confidence bucket
-    training: dict[str, Any]
-    metrics: dict[str, float]
-
-    def line(self) -> str:
-        """The round in one line."""
-        m = self.metrics
-        return (
-            f"R{self.number:<2} {self.domain or 'base':<15} labels {'/'.join(map(str, self.labels.values()))}"
-            f"  accuracy {m['accuracy']:.3f}  confidence {m['confidence']:.2f}  kept {m['kept']:.2f}"
-            f"  parsed {m['parsed']:.2f}  ECE {m['ece']:.3f}  AUROC {m['auroc']:.3f}"
-        )
-
-    def record(self) -> dict[str, Any]:
-        """One flat row of a table: number, domain, labels by bucket, training and dev metrics."""
-        values = asdict(self)
-        kept = {key: values[key] for key in ("number", "domain")}
-        labels = {f"labels {bucket}": count for bucket, count in self.labels.items()}
-        return {
-            **kept,
-            **labels,
-            **{f"sft {key}": value for key, value in self.training.items()},
-            **self.metrics,
-        }
 
 
 class Loan:
@@ -175,59 +75,158 @@ class Loan:
             self._engine = None
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def evaluate(engine: Engine, questions: Sequence[Question], settings: Settings) -> list[dict[str, Any]]:
+    """One greedy pass: a row a question, in the columns of an outcomes table (the cloud's are added by routing)."""
+    asked = [mcq_messages(question, settings.prompt_variant) for question in questions]
+    sampling = Sampling(n=1, temperature=0.0, max_tokens=settings.max_new_tokens)
+    rows = []
+    for question, (completion,) in zip(questions, engine.generate(asked, sampling), strict=True):
+        stated, answer = parse_response(completion.text, len(question.options))
+        rows.append(
+            {
+                "id": question.id,
+                "domain": question.domain,
+                "fact": question.fact,
+                "gold": question.answer,
+                "n_options": len(question.options),
+                "local_answer": answer,
+                "local_correct": int(answer == question.answer),
+                "confidence": stated,
+                "local_tokens": completion.tokens,
+                "text": completion.text,
+            }
+        )
+    return rows
+
+
+def dev_metrics(rows: Sequence[Mapping[str, Any]], tau: float) -> dict[str, float]:
+    """What a round's line shows: accuracy, mean confidence, share kept at `tau`, parse rate, ECE, AUROC."""
+    frame = pd.DataFrame(rows).astype({"confidence": float})
+    measured = pd.Series(calibration(frame, np.ones((1, len(frame))))[0], CALIBRATION)
+    return {
+        "n": len(frame),
+        "accuracy": float(frame["local_correct"].mean()),
+        "confidence": float(frame["confidence"].mean()),
+        "kept": float((frame["confidence"] >= tau).mean()),
+        "parsed": float(measured["parsed"]),
+        "ece": float(measured["ece_bucket"]),
+        "auroc": float(measured["auroc"]),
+    }
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round left behind. Round 0 is the model before the chain; its rows are the calibration buffer."""
+
+    number: int
+    domain: str | None
+    model: Path
+    rows: list[SftRow]  # the newly labelled ones
+    training: dict[str, Any]
+    evaluation: list[dict[str, Any]]  # the dev set's outcomes
+    tau: float
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The `dev_metrics` of the checkpoint."""
+        return dev_metrics(self.evaluation, self.tau)
+
+    def line(self) -> str:
+        """The round in one line."""
+        labels, m = confidence.histogram(self.rows), self.metrics
+        return (
+            f"R{self.number:<2} {self.domain or 'base':<15} labels {'/'.join(map(str, labels.values()))}"
+            f"  accuracy {m['accuracy']:.3f}  confidence {m['confidence']:.2f}  kept {m['kept']:.2f}"
+            f"  parsed {m['parsed']:.2f}  ECE {m['ece']:.3f}  AUROC {m['auroc']:.3f}"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """One flat row of a table: number, domain, labels by bucket, training and dev metrics."""
+        return {
+            "number": self.number,
+            "domain": self.domain,
+            **{f"labels {bucket}": count for bucket, count in confidence.histogram(self.rows).items()},
+            **{f"sft {key}": value for key, value in self.training.items()},
+            **self.metrics,
+        }
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The chain
+
+
+def calibration_questions(train: Sequence[Question], settings: Settings) -> list[Question]:
+    """The questions of R0's buffer: `calibration_rows`, in equal parts from all domains."""
+    seed = derive_seed(settings.seed, "buffer")
+    return draw_balanced(train, settings.calibration_rows, settings.domains, seed)
+
+
+def buffer_model(settings: Settings) -> Path:
+    """The model that labels R0's buffer: the edge model, or the sibling that installs the format."""
+    install, edge = settings.edge.format_install, settings.edge
+    return model_folder(install.labels_from, install.revision) if install else model_folder(edge.model, edge.revision)
+
+
+def replay(buffer: Sequence[SftRow], n: int, seed: int) -> list[SftRow]:
+    """`n` rows of the buffer at random, without repetition; all of it where it has fewer."""
+    return random.Random(seed).sample(list(buffer), min(n, len(buffer)))
+
+
+def fingerprint(questions: Sequence[Question | OpenQuestion]) -> str:
+    """A hash of all that is in the questions, for the key of a stage that asks them."""
+    return digest([question.model_dump(mode="json") for question in questions])
+
+
 @dataclass
 class Chain:
-    """The rounds of one run, as stages of its store."""
+    """The rounds of one run; what they compute is kept in its store."""
 
     settings: Settings
     store: Store
-    train: Sequence[Question]
-    dev: Sequence[Question]
     loan: Loan
 
-    def rounds(self) -> Iterator[Round]:
+    def rounds(self, train: Sequence[Question], dev: Sequence[Question]) -> Iterator[Round]:
         """R0, then every round, each as soon as it is done."""
-        settings = self.settings
-        pools = by_domain(self.train)
-        if missing := [domain for domain in settings.domains if domain not in pools]:
+        s = self.settings
+        pools = by_domain(train)
+        if missing := [domain for domain in s.domains if domain not in pools]:
             raise SettingsError(
                 f"domains: no training questions for {', '.join(missing)}; there are {', '.join(pools)}"
             )
-        asked = calibration_questions(self.train, settings)
-        model = model_folder(settings.edge.model, settings.edge.revision)
-        install = settings.edge.format_install
-        teacher = buffer_model(settings)
-        rows = self.label("r00", teacher, asked)
-        buffer = cast(list[SftRow], read_jsonl(rows))
-        overall = [row["confidence"] for row in buffer]
+        asked = calibration_questions(train, s)
+        model, teacher = model_folder(s.edge.model, s.edge.revision), buffer_model(s)
+        new = self.label("r00", teacher, asked)
         trained: dict[str, Any] = {}
-        if install:
+        if s.edge.format_install:
             self.loan.close()  # the sibling's engine cannot take another architecture's weights
-            model, trained = self.sft("r00", model, buffer, template=teacher)
-        yield self.round(0, None, model, rows, trained)
+            model, trained = self.sft("r00", model, new, template=teacher)
+        yield Round(0, None, model, new, trained, self.answers("r00", model, dev), s.tau)
+        buffer, overall = list(new), [row["confidence"] for row in new]
         used = {question.id for question in asked}
-        known = {question.id: question for question in self.train}
-        for number in range(1, settings.rounds + 1):
-            name = f"r{number:02d}"
-            domain = settings.domains[(number - 1) % len(settings.domains)]
-            seed = derive_seed(settings.seed, name)
-            asked = draw(pools[domain], settings.new_rows, seed, used)
+        known = {question.id: question for question in train}
+        for number in range(1, s.rounds + 1):
+            name, domain = f"r{number:02d}", s.domains[(number - 1) % len(s.domains)]
+            seed = derive_seed(s.seed, name)
+            asked = draw(pools[domain], s.new_rows, seed, used)
             used |= {question.id for question in asked}
-            rows = self.label(name, model, asked, overall)
-            new = cast(list[SftRow], read_jsonl(rows))
-            old = replay(buffer, settings.replay_rows, seed)
-            if settings.relabel_replay:
-                again = self.label(f"{name}-replay", model, [known[row["id"]] for row in old], overall)
-                old = cast(list[SftRow], read_jsonl(again))
+            new = self.label(name, model, asked, overall)
+            old = replay(buffer, s.replay_rows, seed)
+            if s.relabel_replay:
+                old = self.label(f"{name}-replay", model, [known[row["id"]] for row in old], overall)
             model, trained = self.sft(name, model, [*new, *old])
             buffer += new
-            yield self.round(number, domain, model, rows, trained)
+            yield Round(number, domain, model, new, trained, self.answers(name, model, dev), s.tau)
 
-    def label(self, name: str, model: Path, questions: Sequence[Question], overall: Sequence[float] = ()) -> Path:
-        """The file of training rows for `questions`, labelled by the checkpoint `model`; two stages."""
+    def label(
+        self, name: str, model: Path, questions: Sequence[Question], overall: Sequence[float] = ()
+    ) -> list[SftRow]:
+        """Training rows for `questions`, labelled by what the checkpoint `model` answers; the answers are a stage."""
         s = self.settings
         seed = derive_seed(s.seed, name, "samples")
-        fingerprint = digest([question.model_dump(mode="json") for question in questions])
         names = ("samples", "temperature", "max_new_tokens", "prompt_variant", "labels", *MODEL)
 
         def ask(folder: Path) -> None:
@@ -238,81 +237,41 @@ class Chain:
                 samples = confidence.sample_answers(engine, questions, s, seed)
             write_jsonl(folder / "samples.jsonl", samples)
 
-        keyed = {**s.only(*names), "questions": fingerprint, "seed": seed}
-        code = [
-            prompts,
-            engines,
-            confidence.sample_answers,
-            confidence.score_answers,
-            confidence.exact_answers,
-        ]
-        sampled = self.store.stage(f"{name}-samples", keyed, [model], ask, code)
-
-        def write(folder: Path) -> None:
-            samples = cast(list[confidence.Sample], read_jsonl(sampled / "samples.jsonl"))
-            write_jsonl(folder / "rows.jsonl", confidence.label(questions, samples, s, seed, overall))
-
-        keyed = {**s.only("tie", "answer_target", "label_control"), "questions": fingerprint, "seed": seed}
-        if s.label_control == "random":
-            keyed["overall"] = digest(list(overall))
-        return self.store.stage(f"{name}-labels", keyed, [sampled], write, [prompts, confidence]) / "rows.jsonl"
+        keyed = {**s.only(*names), "questions": fingerprint(questions), "seed": seed}
+        folder = self.store.stage(f"{name}-samples", keyed, [model], ask, [prompts, engines, confidence])
+        samples = cast(list[confidence.Sample], read_jsonl(folder / "samples.jsonl"))
+        return confidence.label(questions, samples, s, seed, overall)
 
     def sft(
         self, name: str, model: Path, rows: Sequence[SftRow], template: Path | None = None
     ) -> tuple[Path, dict[str, Any]]:
-        """The next checkpoint, trained on `rows` from `model`, and what the training was.
-
-        `template`: a model whose chat template is taken where `model` has none.
-        """
+        """The next checkpoint, trained on `rows` from `model`, and what the training was. `template`: see `Job`."""
         s = self.settings
         seed = derive_seed(s.seed, name, "sft")
 
         def train(folder: Path) -> None:
             write_jsonl(folder / "rows.jsonl", rows)
             self.loan.sleep()
-            record = training.train(model, rows, s, folder / "model", seed, template)
-            write_json(folder / "training.json", record)
+            out = folder / "model"
+            job = training.Job(model=model, rows=rows, settings=s, out=out, seed=seed, template=template)
+            write_json(folder / "training.json", training.train(job))
 
         keyed = {**s.only("lora", "sft", "dtype"), "rows": digest(list(rows)), "seed": seed}
         inputs = [model] if template is None else [model, template]
-        code = [prompts, training.sft, training.sft_config, encode_row]
-        folder = self.store.stage(f"{name}-sft", keyed, inputs, train, code)
+        folder = self.store.stage(f"{name}-sft", keyed, inputs, train, [prompts, training])
         return folder / "model", cast(dict[str, Any], read_json(folder / "training.json"))
 
-    def round(self, number: int, domain: str | None, model: Path, rows: Path, trained: dict[str, Any]) -> Round:
-        """Evaluates a checkpoint on the dev set and sums the round up."""
+    def answers(self, name: str, model: Path, dev: Sequence[Question]) -> list[dict[str, Any]]:
+        """The outcomes of a checkpoint on the dev questions, or on as many as the settings say."""
         s = self.settings
-        questions = subset(self.dev, s.dev_questions, derive_seed(s.seed, "dev"))
+        questions = subset(dev, s.dev_questions, derive_seed(s.seed, "dev"))
 
-        def compute(folder: Path) -> None:
+        def ask(folder: Path) -> None:
             write_jsonl(folder / "outcomes.jsonl", evaluate(self.loan.at(model), questions, s))
 
-        keyed = {
-            **s.only("max_new_tokens", "prompt_variant", *MODEL),
-            "questions": digest([question.model_dump(mode="json") for question in questions]),
-        }
-        folder = self.store.stage(f"r{number:02d}-dev", keyed, [model], compute, [prompts, engines, evaluate])
-        outcomes = folder / "outcomes.jsonl"
-        labels = confidence.histogram(cast(list[SftRow], read_jsonl(rows)))
-        return Round(number, domain, model, rows, outcomes, labels, trained, dev_metrics(read_jsonl(outcomes), s.tau))
-
-
-def stream_chain(
-    settings: Settings,
-    store: Store,
-    train: Sequence[Question],
-    dev: Sequence[Question],
-    engine_factory: EngineFactory | None = None,
-) -> Iterator[Round]:
-    """R0 and all rounds, each as soon as it is made, or found in the store.
-
-    `train` feeds the buffer and the rounds; `dev` is what every checkpoint is evaluated on.
-    """
-    loan = Loan(engine_factory or edge_engine(settings))
-    try:
-        yield from Chain(settings, store, train, dev, loan).rounds()
-    finally:
-        loan.close()
+        keyed = {**s.only("max_new_tokens", "prompt_variant", *MODEL), "questions": fingerprint(questions)}
+        folder = self.store.stage(f"{name}-dev", keyed, [model], ask, [prompts, engines, evaluate])
+        return read_jsonl(folder / "outcomes.jsonl")
 
 
 def run_chain(
@@ -321,12 +280,20 @@ def run_chain(
     train: Sequence[Question],
     dev: Sequence[Question],
     engine_factory: EngineFactory | None = None,
+    show: Callable[[str], None] = progress,
 ) -> list[Round]:
-    """All that `stream_chain` gives, with a progress line a round."""
+    """R0 and all rounds, made or found in the store; `show` gets a line of each as soon as it is there.
+
+    `train` feeds the buffer and the rounds; `dev` is what every checkpoint is evaluated on.
+    """
+    loan = Loan(engine_factory or edge_engine(settings))
     results = []
-    for result in stream_chain(settings, store, train, dev, engine_factory):
-        progress(result.line())
-        results.append(result)
+    try:
+        for result in Chain(settings, store, loan).rounds(train, dev):
+            show(result.line())
+            results.append(result)
+    finally:
+        loan.close()
     return results
 
 
@@ -360,7 +327,7 @@ class Branch(NamedTuple):
 
 def buffer_rows(rounds: Sequence[Round]) -> list[SftRow]:
     """The buffer at the end of a chain: R0's rows, then every round's new ones."""
-    return [cast(SftRow, row) for result in rounds for row in read_jsonl(result.rows)]
+    return [row for result in rounds for row in result.rows]
 
 
 def run_r15(
@@ -376,13 +343,13 @@ def run_r15(
         **s.only("samples", "temperature", "tie", *MODEL),
         **s.open_ended.model_dump(include={"max_new_tokens", "r15"}),
         "seed": seed,
-        "questions": digest([q.model_dump(mode="json") for q in questions]),
+        "questions": fingerprint(questions),
     }
 
     def ask(folder: Path) -> None:
         rows, counts = open_ended.r15_rows(loan.at(model), questions, s, seed)
         write_jsonl(folder / "rows.jsonl", rows)
-        write_jsonl(folder / "counts.jsonl", counts.rename_axis("task").reset_index().to_dict("records"))
+        write_jsonl(folder / "counts.jsonl", counts)
 
     folder = store.stage("r15-labels", keyed, [model], ask, [prompts, engines, open_ended, confidence.bucket])
     new = cast(list[open_ended.OpenRow], read_jsonl(folder / "rows.jsonl"))
@@ -391,5 +358,5 @@ def run_r15(
         branch = model_folder(s.open_ended.r15_model)
         trained: dict[str, Any] = {"rows": len(new) + len(old), "too_long": 0, "steps": 0}
     else:
-        branch, trained = Chain(s, store, [], [], loan).sft("r15", model, [*new, *old])
+        branch, trained = Chain(s, store, loan).sft("r15", model, [*new, *old])
     return Branch(branch, new, read_jsonl(folder / "counts.jsonl"), old, trained)

@@ -31,7 +31,7 @@ from foggen.questions import Question
 from foggen.rounds import edge_engine, run_chain
 from foggen.shapes import LETTERS
 from foggen.store import ROOT, Store, peak_memory, read_json, write_json
-from foggen.training import train
+from foggen.training import Job, train
 
 TOKENIZER = ROOT / "data" / "pocket" / "edge"  # ids fit into any vocabulary; texts are made to the lengths wanted
 PROMPTS = (60, 400)  # tokens; the mean is near 148, a training row's is near 160
@@ -142,7 +142,7 @@ def measure(settings: Settings, folder: Path, sizes: dict[str, Any], share: floa
     for name, packing in (("SFT round", False), ("SFT round, packed", True)):
         with timed(results, name, rows=len(rows)) as row:
             chosen = override(settings, {"sft.packing": packing})
-            record = train(model, rows, chosen, folder / name / "model", 0)
+            record = train(Job(model=model, rows=rows, settings=chosen, out=folder / name / "model", seed=0))
         timing = read_json(folder / name / "timing.json")
         tokens, seconds = record["tokens"] * settings.sft.epochs, timing["seconds"]
         row |= {"tokens": tokens, "loss": record["loss"], "tokens_a_second": tokens / seconds}
