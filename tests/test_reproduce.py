@@ -53,8 +53,8 @@ def test_runs_in_order_and_keeps_what_is_unchanged(folders, capsys):
     notebook(folders[0], "02_second", "1 + 1")
     notebook(folders[0], "00_quickstart", "raise SystemError('not part of a run')")
     assert run(folders) == 0
-    out = capsys.readouterr().out
-    assert "half way" in out and "cell 4 of 4" in out and out.index("01_first") < out.index("02_second")
+    out, err = capsys.readouterr()
+    assert "half way" in err and "cell 4 of 4" in out and out.index("01_first") < out.index("02_second")
     assert "seed 0" in out and "GiB" in out
     before = done(folders, "02_second")
     started = time.time()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
+import operator
 import os
 import re
 import shutil
@@ -69,10 +71,14 @@ class Plan:
 
     def state(self, notebook: Path) -> str:
         """`done`, `changed` (something it depends on is not what it was) or `to do`."""
-        sentinel = self.sentinel(notebook)
-        if not sentinel.exists() or not self.executed(notebook).exists():
+        if not self.sentinel(notebook).exists() or not self.executed(notebook).exists():
             return "to do"
-        return "done" if read_json(sentinel).get("key") == self.keys[notebook] else "changed"
+        return "done" if read_json(self.sentinel(notebook)).get("key") == self.keys[notebook] else "changed"
+
+    def record(self, notebook: Path) -> tuple[str, str, str]:
+        """What a finished notebook left: its time, peak memory and headline result."""
+        record = read_json(self.sentinel(notebook))
+        return f"{record['seconds']:.0f} s", f"{record['peak'] / 2**30:.1f} GiB", str(record["headline"])
 
 
 def code_cells(book: Any) -> list[Any]:
@@ -101,37 +107,26 @@ def make_plan(settings: Settings, run: Path, parameters: Mapping[str, Any], fold
 
 def chosen(plan: Plan, start: str | None, only: str | None) -> list[Path]:
     """The notebooks to run: 01 onwards, unless told otherwise. 00 is a demonstration and runs when asked for."""
-    names = [notebook.stem for notebook in plan.keys]
-    for asked in filter(None, (start, only)):
-        if not any(name.startswith(asked) for name in names):
-            raise SettingsError(f"no notebook begins with {asked!r}: there are {', '.join(names) or 'none'}")
     if only:
-        return [notebook for notebook in plan.keys if notebook.stem.startswith(only)]
-    return [notebook for notebook in plan.keys if notebook.stem >= (start or "01")]
+        notebooks = [notebook for notebook in plan.keys if notebook.stem.startswith(only)]
+    else:
+        notebooks = [notebook for notebook in plan.keys if notebook.stem >= (start or "01")]
+    if not notebooks:
+        names = ", ".join(notebook.stem for notebook in plan.keys) or "none"
+        raise SettingsError(f"no notebook begins with {only or start or '01'!r}: there are {names}")
+    return notebooks
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Running one notebook
+# Running
 
 
-class _Echo:
-    """A file for papermill to copy a kernel's stderr to: the stages' progress lines, shown as they come."""
-
-    def write(self, text: str) -> None:
-        for line in text.splitlines():
-            console.print(f"    {line}", markup=False)
-
-    def flush(self) -> None:
-        pass
-
-
-def _changed_parameters(notebook: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
+def changed_parameters(notebook: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Those whose value is not the notebook's own default: with none, no cell is injected and the counts stay 1..n."""
     import papermill
 
     defaults = papermill.inspect_notebook(str(notebook))
-    missing = sorted(set(parameters) - set(defaults))
-    if missing:
+    if missing := sorted(set(parameters) - set(defaults)):
         raise NotebookError(f"{notebook.name}: its cell tagged `parameters` does not set {', '.join(missing)}")
     return {name: value for name, value in parameters.items() if ast.literal_eval(defaults[name]["default"]) != value}
 
@@ -141,10 +136,10 @@ def execute(plan: Plan, notebook: Path) -> None:
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
-    sentinel = plan.sentinel(notebook)
+    sentinel, executed = plan.sentinel(notebook), plan.executed(notebook)
     sentinel.unlink(missing_ok=True)
-    plan.executed(notebook).parent.mkdir(parents=True, exist_ok=True)
-    changed = _changed_parameters(notebook, plan.parameters)
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    changed = changed_parameters(notebook, plan.parameters)
     total = len(nbformat.read(notebook, as_version=4).cells) + bool(changed)  # papermill adds a cell for them
     started = time.time()
     at = "before the first cell"
@@ -160,36 +155,38 @@ def execute(plan: Plan, notebook: Path) -> None:
         try:
             papermill.execute_notebook(
                 os.path.relpath(notebook),
-                os.path.relpath(plan.executed(notebook)),
+                os.path.relpath(executed),
                 parameters=changed,
                 progress_bar=False,
-                stderr_file=_Echo(),
+                stderr_file=sys.stderr,  # the stages' progress lines, as they come
                 on_cell_start=on_cell,
                 config=Config(KernelManager={"transport_encryption": "auto"}),
             )
-        except PapermillExecutionError as error:
-            trace = "\n".join(error.traceback)
+        except Exception as error:  # a cell that failed, or what papermill's libraries raise when a kernel dies
+            trace = f"{type(error).__name__}: {error}"
+            if isinstance(error, PapermillExecutionError):
+                trace = "\n".join(error.traceback)
             raise NotebookError(f"{notebook.name} failed {at}\n\n{trace}") from None
-        except Exception as error:  # a kernel that died, a time-out: papermill raises what its libraries raise
-            raise NotebookError(f"{notebook.name} stopped {at}\n\n{type(error).__name__}: {error}") from error
     if not sentinel.exists():
         raise NotebookError(f"{notebook.name} ended without its sentinel {sentinel.name}, last seen {at}")
-    record = {**read_json(sentinel), "key": plan.keys[notebook], "seconds": round(time.time() - started, 1)}
-    write_json(sentinel, record)
+    more = {"key": plan.keys[notebook], "seconds": round(time.time() - started, 1)}
+    write_json(sentinel, {**read_json(sentinel), **more})
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Reports
-
-
-def summary(plan: Plan, notebooks: Sequence[Path], kept: Sequence[Path]) -> Table:
-    """One row a notebook: time, peak memory, headline result."""
+def run_all(plan: Plan, notebooks: Sequence[Path], force: bool) -> None:
+    """Runs what is not done yet, and ends with a table: time, peak memory, headline result."""
     table = Table("notebook", "time", "peak memory", "result", title=f"{plan.settings.name}: {plan.run.name}")
     for notebook in notebooks:
-        record = read_json(plan.sentinel(notebook))
-        clock = f"{record['seconds']:.0f} s" + (" (kept)" if notebook in kept else "")
-        table.add_row(notebook.stem, clock, f"{record['peak'] / 2**30:.2f} GiB", str(record["headline"]))
-    return table
+        kept = not force and plan.state(notebook) == "done"
+        if kept:
+            console.print(f"{notebook.stem}: unchanged, kept")
+        else:
+            execute(plan, notebook)
+        seconds, peak, headline = plan.record(notebook)
+        table.add_row(notebook.stem, f"{seconds} (kept)" if kept else seconds, peak, headline)
+    console.print(table)
+    here = os.path.relpath(plan.run)
+    console.print(f"Look into {here}/notebooks, {here}/figures, {here}/tables; every stage is in {here}/manifest.jsonl")
 
 
 def show_plan(plan: Plan) -> None:
@@ -198,37 +195,25 @@ def show_plan(plan: Plan) -> None:
         console.print(f"{notebook.stem:<20} {plan.state(notebook)}", markup=False)
     for part in estimate.tables(plan.settings):
         console.print(part, markup=False)
-    values: dict[str, Any] = plan.settings.model_dump(mode="json")
+    values = plan.settings.model_dump(mode="json")
     for name, form in parameter_names().items():
-        value: Any = values
-        for part in name.split("."):
-            value = value[part]
+        value = functools.reduce(operator.getitem, name.split("."), values)
         console.print(f"  {name} = {value}  ({form})", markup=False)
 
 
-def question_of(notebook: Path) -> str:
-    """The question that a notebook opens with: the first bold text of its first cell."""
-    found = re.search(r"\*\*(.+?)\*\*", nbformat.read(notebook, as_version=4).cells[0].source, flags=re.DOTALL)
-    return " ".join(found[1].split()) if found else ""
+# ---------------------------------------------------------------------------------------------------------------
+# Publishing
 
 
-def times_table(plan: Plan) -> str:
-    """The finished notebooks as a Markdown table: question, time, peak memory, headline result."""
+def times_table(plan: Plan, notebooks: Sequence[Path]) -> str:
+    """Finished notebooks as a Markdown table: question (the first bold text), time, peak memory, headline result."""
     lines = ["| notebook | question | time | peak memory | result |", "|---|---|---|---|---|"]
-    for notebook in plan.keys:
-        if plan.state(notebook) == "done":
-            record = read_json(plan.sentinel(notebook))
-            link = f"[{notebook.stem}](notebooks/{notebook.name})"
-            cost = f"{record['seconds']:.0f} s | {record['peak'] / 2**30:.1f} GiB"
-            lines.append(f"| {link} | {question_of(notebook)} | {cost} | {record['headline']} |")
+    for notebook in notebooks:
+        found = re.search(r"\*\*(.+?)\*\*", nbformat.read(notebook, as_version=4).cells[0].source, flags=re.DOTALL)
+        question = " ".join(found[1].split()) if found else ""
+        cells = (f"[{notebook.stem}](notebooks/{notebook.name})", question, *plan.record(notebook))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def with_time(text: str, profile: str, sentinel: Path) -> str:
-    """A notebook's first cell with the profile's measured time and memory in the row `time, memory`."""
-    record = read_json(sentinel)
-    measured = f"{record['seconds']:.0f} s, {record['peak'] / 2**30:.1f} GiB"
-    return re.sub(rf"(\| time, memory \|.*`{re.escape(profile)}`: )[^;|]*?(?=;| \|)", rf"\g<1>{measured}", text)
 
 
 def publish(plan: Plan, figures: Path) -> list[Path]:
@@ -236,28 +221,23 @@ def publish(plan: Plan, figures: Path) -> list[Path]:
 
     What belongs to the machine stays out: papermill's metadata, timings of cells, stderr.
     """
-    published = []
-    for notebook in plan.keys:
-        if plan.state(notebook) != "done":
-            continue
+    done = [notebook for notebook in plan.keys if plan.state(notebook) == "done"]
+    for notebook in done:
         book, executed = (nbformat.read(path, as_version=4) for path in (notebook, plan.executed(notebook)))
         if len(code_cells(executed)) != len(code_cells(book)):  # a cell of parameters was injected
             raise SettingsError(f"{notebook.name} ran with other parameters than its own: not for publication")
         for cell, run in zip(code_cells(book), code_cells(executed), strict=True):
             cell.outputs = [output for output in run.outputs if output.get("name") != "stderr"]
             cell.execution_count = run.execution_count
-        for cell in book.cells:
-            cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k == "tags" and v})
-        book.metadata = executed.metadata
-        book.metadata.pop("papermill", None)
-        book.cells[0].source = with_time(book.cells[0].source, plan.settings.name, plan.sentinel(notebook))
+        seconds, peak, _ = plan.record(notebook)
+        place = rf"(\| time, memory \|.*`{re.escape(plan.settings.name)}`: )[^;|]*?(?=;| \|)"
+        book.cells[0].source = re.sub(place, rf"\g<1>{seconds}, {peak}", book.cells[0].source)
         write_text(notebook, nbformat.writes(book) + "\n")
-        published.append(notebook)
     figures.mkdir(exist_ok=True)
     for figure in (plan.run / "figures").glob("*.*"):
         shutil.copy(figure, figures / figure.name)
-    fill(ROOT / "README.md", "times", times_table(plan))
-    return published
+    fill(ROOT / "README.md", "times", times_table(plan, done))
+    return done
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -280,53 +260,43 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run_all(plan: Plan, notebooks: Sequence[Path], force: bool) -> None:
-    """Runs what is not done yet, and ends with the table."""
-    kept = [] if force else [notebook for notebook in notebooks if plan.state(notebook) == "done"]
-    for notebook in notebooks:
-        if notebook in kept:
-            console.print(f"{notebook.stem}: unchanged, kept")
-        else:
-            execute(plan, notebook)
-    console.print(summary(plan, notebooks, kept))
-    here = os.path.relpath(plan.run)
-    console.print(f"Look into {here}/notebooks, {here}/figures, {here}/tables; every stage is in {here}/manifest.jsonl")
+def run(options: argparse.Namespace) -> None:
+    """Does what the command line says. Raises SettingsError, RunBusyError, NotebookError."""
+    overrides = dict(parse_override(text) for text in options.overrides)
+    if options.questions:
+        overrides["data.questions"] = os.path.relpath(options.questions, ROOT)
+    profile = options.profile
+    if profile.endswith((".yaml", ".yml")):
+        profile = os.path.relpath(profile, ROOT)
+    os.chdir(ROOT)
+    seed = {} if options.seed is None else {"seed": options.seed}
+    settings = load_profile(profile, {**overrides, **seed})
+    folder = options.run or f"runs/{settings.name}"
+    os.environ[RUN_VARIABLE] = str((ROOT / folder).resolve())
+    store = Store(folder)
+    if not options.list:
+        begun = store.run / "settings.json"
+        overrides |= hub.pin(settings, read_json(begun) if begun.exists() else None)
+        settings = load_profile(profile, {**overrides, **seed})
+    parameters = {"profile": profile, "run": folder, "seed": settings.seed, "overrides": overrides}
+    plan = make_plan(settings, store.run, parameters, ROOT / options.notebooks)
+    if options.list:
+        return show_plan(plan)
+    notebooks = chosen(plan, options.start, options.only)
+    with store.locked():
+        os.environ[LOCK_VARIABLE] = str(store.run)
+        os.environ["TQDM_DISABLE"] = "1"  # libraries' progress bars would lie in the notebooks
+        write_json(store.run / "settings.json", settings.model_dump(mode="json"))
+        run_all(plan, notebooks, options.force)
+        if options.publish:
+            names = [notebook.name for notebook in publish(plan, ROOT / "figures")]
+            console.print(f"published: {', '.join(names)}, figures")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; 0 = all notebooks done, 1 = one failed, 2 = the command cannot be run."""
-    options = _arguments(argv)
     try:
-        overrides = dict(parse_override(text) for text in options.overrides)
-        if options.questions:
-            overrides["data.questions"] = os.path.relpath(options.questions, ROOT)
-        profile = options.profile
-        if profile.endswith((".yaml", ".yml")):
-            profile = os.path.relpath(profile, ROOT)
-        os.chdir(ROOT)
-        seed = {} if options.seed is None else {"seed": options.seed}
-        settings = load_profile(profile, {**overrides, **seed})
-        run = options.run or f"runs/{settings.name}"
-        os.environ[RUN_VARIABLE] = str((ROOT / run).resolve())
-        store = Store(run)
-        if not options.list:
-            begun = store.run / "settings.json"
-            overrides |= hub.pin(settings, read_json(begun) if begun.exists() else None)
-            settings = load_profile(profile, {**overrides, **seed})
-        parameters = {"profile": profile, "run": run, "seed": settings.seed, "overrides": overrides}
-        plan = make_plan(settings, store.run, parameters, ROOT / options.notebooks)
-        if options.list:
-            show_plan(plan)
-            return 0
-        notebooks = chosen(plan, options.start, options.only)
-        with store.locked():
-            os.environ[LOCK_VARIABLE] = str(store.run)
-            os.environ["TQDM_DISABLE"] = "1"  # libraries' progress bars would lie in the notebooks
-            write_json(store.run / "settings.json", settings.model_dump(mode="json"))
-            run_all(plan, notebooks, options.force)
-            if options.publish:
-                names = [notebook.name for notebook in publish(plan, ROOT / "figures")]
-                console.print(f"published: {', '.join(names)}, figures")
+        run(_arguments(argv))
     except (SettingsError, RunBusyError) as error:
         console.print(str(error), markup=False)
         return 2
