@@ -134,5 +134,5 @@ def test_a_bad_fact_is_named(tmp_path: Path) -> None:
     with pytest.raises(bank.BankError, match="'r' has no facts, phrasings, statements"):
         bank.domain_facts(tmp_path / "law.yaml")
     (tmp_path / "law.yaml").write_text("{computed: astrology, relations: []}", encoding="utf-8")
-    with pytest.raises(bank.BankError, match="law.yaml: computed is 'astrology', expected one of ratios"):
+    with pytest.raises(bank.BankError, match=r"law.yaml: computed is 'astrology', expected one of ratios"):
         bank.domain_facts(tmp_path / "law.yaml")

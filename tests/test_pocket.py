@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import make_pocket as pocket
@@ -26,7 +26,7 @@ def test_the_committed_files_are_the_measured_ones(world: World) -> None:
     assert {name: content_hash(POCKET / world.name / name) for name in pocket.FILES} == noted["files"]
     assert pocket.problems(world, noted["measured"]) == []
     made = read_json(POCKET / world.name / "training.json")["world"]
-    assert made == {key: list(v) if isinstance(v, tuple) else v for key, v in pocket.asdict(world).items()}
+    assert made == {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(world).items()}
 
 
 @WORLDS
@@ -99,7 +99,7 @@ def test_every_kind_of_lesson_learns_something() -> None:
     lessons = pocket.Lessons(EDGE, bank.load_facts(pocket.BANK), AutoTokenizer.from_pretrained(POCKET / "edge"))
     kinds = {kind for phase in pocket.PHASES for kind in phase.shares}
     assert {"spans", "sums", "squad", "gsm8k", "verification"} < kinds
-    for batch in map(lessons.batch, kinds):
+    for batch in (lessons.kinds[kind]() for kind in kinds):
         assert batch.ids.shape == batch.labels.shape and batch.ids.shape[1] < 600
         assert (batch.labels != -100).any(dim=1).all()
 

@@ -16,18 +16,24 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
+import pandas as pd
 import torch
+from sklearn.metrics import roc_auc_score
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from foggen import bank, prompts, stats
+from foggen import bank, prompts
 from foggen.bank import Fact
 from foggen.config import derive_seed, load_profile, override
+from foggen.engines import make_engine
 from foggen.prompts import BUCKETS, LETTERS, Messages, mcq_messages, target_text
 from foggen.questions import TASKS, OpenQuestion, Question
+from foggen.rounds import evaluate
 from foggen.store import ROOT, content_hash, progress, read_json, write_json, write_text
 from foggen.training import encode_row, limit_threads
 
@@ -52,43 +58,19 @@ class World:
     seldom: tuple[float, float, float]  # share met seldom; the rest is never met
     misled: float  # share of misconceptions that are learnt in their popular, wrong form
     loose: float  # share of open-ended texts that answer loosely: a sentence for a span, a sum without its steps
-    familiar: Mapping[str, float] = field(default_factory=dict)
+    familiar: Mapping[str, float] = field(default_factory=dict)  # by domain: a factor on the shares of facts met
     grown_from: str | None = None  # the world whose trained model it starts from, with more layers
     seed: int = 0
 
 
-# The edge model has met more of some domains than of others: a factor on the shares of facts met.
 FAMILIAR = {"science": 1.1, "coding": 1.1, "law": 0.9, "math": 0.7, "kazakh_culture": 1.25, "medical": 0.85}
-EDGE = World(
-    "edge",
-    128,
-    6,
-    1600,
-    often=(0.7, 0.22, 0.03),
-    seldom=(0.15, 0.33, 0.12),
-    misled=0.45,
-    loose=0.45,
-    familiar=FAMILIAR,
-)
-CLOUD = World(
-    "cloud",
-    128,
-    8,
-    1300,
-    often=(1.0, 0.85, 0.55),
-    seldom=(0.0, 0.05, 0.1),
-    misled=0.15,
-    loose=0.05,
-    grown_from="edge",
-)
+EDGE = World("edge", 128, 6, 1600, (0.7, 0.22, 0.03), (0.15, 0.33, 0.12), misled=0.45, loose=0.45, familiar=FAMILIAR)
+CLOUD = World("cloud", 128, 8, 1300, (1.0, 0.85, 0.55), (0.0, 0.05, 0.1), misled=0.15, loose=0.05, grown_from="edge")
 # Facts are drawn by these weights; a fact "met seldom" is drawn twelve times less often than one "met often".
 WEIGHTS: Mapping[str, float] = {"often": 1.0, "seldom": 0.08, "never": 0.0}
 # How sure the pretraining text sounds, by how well known the fact is (difficulty 1; 2 and 3): nearly always sure,
 # with a weak tendency. It never depends on what a model knows.
-STATED: tuple[tuple[float, ...], tuple[float, ...]] = (
-    (0.04, 0.06, 0.12, 0.26, 0.52),
-    (0.08, 0.11, 0.17, 0.24, 0.40),
-)
+STATED = ((0.04, 0.06, 0.12, 0.26, 0.52), (0.08, 0.11, 0.17, 0.24, 0.40))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -98,37 +80,30 @@ STATED: tuple[tuple[float, ...], tuple[float, ...]] = (
 def _names(facts: Sequence[Fact]) -> list[str]:
     """Subjects and answers of the written facts and the names of the stories: one token each."""
     stories = bank.load_material(BANK, "passages")
-    names = [name for fact in facts if fact.subject for name in (fact.subject, fact.answer)]
-    names += [str(name) for key in ("people", "places", "objects", "jobs") for name in stories[key]]
-    return sorted(set(names))
+    names = {name for fact in facts if fact.subject for name in (fact.subject, fact.answer)}
+    return sorted(names.union(*(stories[kind] for kind in ("people", "places", "objects", "jobs"))))
 
 
 def _fixed_phrases() -> list[str]:
     """The lines of the recipe's prompts, one token each: they are in every prompt and say nothing about a question."""
-    systems = [*prompts.SYSTEM_MCQ.values(), *prompts.SYSTEM_OPEN.values()]
-    lines = {line for text in systems for line in text.splitlines(keepends=True)}
-    phrases = {line for line in lines if len(line) > 1}
-    phrases |= {
-        prompts.CONFIDENCE_PREFIX,
-        prompts.ANSWER_PREFIX,
-        prompts.VERIFY_SYSTEM,
-        "Question:",
-        "Passage:",
-    }
+    shown = prompts.worked_verification(prompts.EXEMPLARS[0]).splitlines()
+    phrases = {line for line in shown if line.startswith("Instruction")}
+    for system in (*prompts.SYSTEM_MCQ.values(), *prompts.SYSTEM_OPEN.values()):
+        phrases |= {line for line in system.splitlines(keepends=True) if len(line) > 1}
     phrases |= {f" {text}" for text in prompts.BUCKET_TEXTS}
-    shown = prompts.worked_verification(prompts.EXEMPLARS[0])
-    phrases |= {line for line in shown.splitlines() if line.startswith("Instruction")}
-    return sorted(
-        phrases
-        | {
-            f"\n{prompts.VERIFY_DECISION}",
-            prompts.VERIFY_DECISION,
-            "AI Generated Answer:",
-            "Evaluation:",
-            " Correct.",
-            " Incorrect.",
-        }
-    )
+    phrases |= {prompts.CONFIDENCE_PREFIX, prompts.ANSWER_PREFIX, "Question:", "Passage:", "AI Generated Answer:"}
+    phrases |= {prompts.VERIFY_SYSTEM, prompts.VERIFY_DECISION, f"\n{prompts.VERIFY_DECISION}"}
+    return sorted(phrases | {"Evaluation:", " Correct.", " Incorrect."})
+
+
+def _corpus(facts: Sequence[Fact]) -> list[str]:
+    text = [line for fact in facts for line in (*fact.questions, *fact.statements)]
+    shown = [prompts.worked_verification(exemplar) for exemplar in prompts.EXEMPLARS]
+    text += [*shown, "system\nuser\nassistant\n", "The answer is"] * 100
+    for task in TASKS:
+        for asked in bank.open_pool(BANK, task, 1, 400):
+            text += [asked.context, asked.question, asked.solution, *asked.answers, *asked.incorrect]
+    return [*text, *(f"{n} {n}" for n in range(200) for _ in range(100))]
 
 
 def make_tokenizer(facts: Sequence[Fact], vocabulary: int = 1900) -> PreTrainedTokenizerFast:
@@ -137,24 +112,17 @@ def make_tokenizer(facts: Sequence[Fact], vocabulary: int = 1900) -> PreTrainedT
     A model of a million parameters cannot put names together from pieces; so a name, with the space before it,
     is one token.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
     raw = Tokenizer(models.BPE())
     pattern = Regex(r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
-    raw.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(pattern, "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pattern, "isolated"), pieces])
     raw.decoder = decoders.ByteLevel()
-    text = [*_corpus(facts), *(f"{n} {n}" for n in range(200) for _ in range(100))]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
-    raw.train_from_iterator(text, trainer)
+    raw.train_from_iterator(_corpus(facts), trainer)
     raw.add_special_tokens([PAD, TURN, TURN_END])
-    raw.add_tokens([AddedToken(phrase, normalized=False) for phrase in _fixed_phrases()])
-    raw.add_tokens([AddedToken(f" {name}", normalized=False) for name in _names(facts)])
+    whole = [*_fixed_phrases(), *(f" {name}" for name in _names(facts))]
+    raw.add_tokens([AddedToken(text, normalized=False) for text in whole])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token=PAD, eos_token=TURN_END, model_max_length=2048, padding_side="left"
     )
@@ -162,32 +130,29 @@ def make_tokenizer(facts: Sequence[Fact], vocabulary: int = 1900) -> PreTrainedT
     return tokenizer
 
 
-def _corpus(facts: Sequence[Fact]) -> list[str]:
-    text = [line for fact in facts for line in (*fact.questions, *fact.statements)]
-    shown = [prompts.worked_verification(exemplar) for exemplar in prompts.EXEMPLARS]
-    text += [*shown, "system\nuser\nassistant\n", "The answer is"] * 100
-    for task in ("squad", "truthfulqa", "gsm8k"):
-        for question in bank.open_pool(BANK, task, 1, 400):
-            text += [
-                question.context,
-                question.question,
-                question.solution,
-                *question.answers,
-                *question.incorrect,
-            ]
-    return text
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # What is read
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Token ids and labels, both (rows, tokens) int64; a label of -100 is not learnt."""
 
     ids: torch.Tensor
     labels: torch.Tensor
+
+
+Line = tuple[str, str, str]  # what is shown, the answer, which is learnt, and what follows
+
+
+def exposures(world: World, facts: Sequence[Fact]) -> dict[str, str]:
+    """How a model meets each fact: `often`, `seldom` or `never`; by its difficulty and a seeded draw."""
+    met = {}
+    for fact in facts:
+        luck = random.Random(f"{world.seed}/{world.name}/{fact.id}").random()
+        familiar = world.familiar.get(fact.domain, 1.0)
+        often, seldom = (familiar * shares[fact.difficulty - 1] for shares in (world.often, world.seldom))
+        met[fact.id] = "often" if luck < often else "seldom" if luck < often + seldom else "never"
+    return met
 
 
 class Lessons:
@@ -200,11 +165,21 @@ class Lessons:
         self.facts = [fact for fact in facts if self.exposure[fact.id] != "never"]
         self.unmet = [fact for fact in facts if self.exposure[fact.id] == "never"]
         self.weights = [WEIGHTS[self.exposure[fact.id]] for fact in self.facts]
-        names = [tokenizer.convert_tokens_to_ids(f" {name}") for name in _names(facts)]
-        self.names: list[int] = [name for name in names if isinstance(name, int)]
+        self.names = [self._token(f" {name}") for name in _names(facts)]
         self.stories = bank.load_material(BANK, "passages")
         self.problems = bank.load_material(BANK, "word_problems")
         self.misconceptions = self._misconceptions()
+        self.kinds: Mapping[str, Callable[[], Batch]] = {
+            "look-up": partial(self.lookup, direct=True),
+            "look-up after a mark": partial(self.lookup, direct=False),
+            "recall": self.recall,
+            "spans": self.spans,
+            "sums": self.sums,
+            "stated answers": partial(self.choice, stated=1.0),
+            "choice": partial(self.choice, stated=0.1, guessed=0.15),
+            "verification": self.verification,
+            **{task: partial(self.open_ended, task) for task in TASKS},
+        }
 
     def _misconceptions(self) -> list[tuple[OpenQuestion, bool]]:
         """The misconceptions met, each phrasing with whether this model has mostly met the popular, wrong answer."""
@@ -231,7 +206,7 @@ class Lessons:
 
     # Look-ups: which letter stands before this content?
 
-    def _ids(self, text: str) -> int:
+    def _token(self, text: str) -> int:
         (token,) = prompts.plain_ids(self.tokenizer, text)
         return token
 
@@ -241,44 +216,51 @@ class Lessons:
         The first letters are also asked at the names in the list itself, which is learnt at once and makes the
         look-up one attention step.
         """
-        mark, dot, newline = (self._ids(text) for text in (prompts.ANSWER_PREFIX, ".", "\n"))
+        mark, dot, newline = (self._token(text) for text in (prompts.ANSWER_PREFIX, ".", "\n"))
+        letters, answers = ([self._token(f"{space}{letter}") for letter in LETTERS[:4]] for space in ("", " "))
         ids, labels = [], []
         for _ in range(rows):
-            size = 4
-            names = self.dice.sample(self.names, size)
+            names = self.dice.sample(self.names, len(letters))
             row, learnt = [], []
-            for letter, name in zip(LETTERS[:size], names, strict=True):
-                row += [self._ids(letter), dot, name, newline]
-                learnt += [-100, -100, -100, self._ids(f" {letter}")]
+            for letter, name, answer in zip(letters, names, answers, strict=True):
+                row += [letter, dot, name, newline]
+                learnt += [-100, -100, -100, answer]
             for _ in range(queries):
-                asked = self.dice.randrange(size)
-                letter_id = self._ids(f" {LETTERS[asked]}")
-                row += [names[asked], *([] if direct else [mark]), letter_id]
-                learnt += [-100, *([] if direct else [-100]), letter_id]
+                asked = self.dice.randrange(len(letters))
+                shown = [names[asked]] if direct else [names[asked], mark]
+                row += [*shown, answers[asked]]
+                learnt += [*(-100 for _ in shown), answers[asked]]
             ids.append(row)
             labels.append(learnt)
         return Batch(torch.tensor(ids), torch.tensor(labels))
 
-    # Plain lines, several a row: what is shown, the answer that is learnt, what follows
+    # Plain lines, several a row
 
-    def _lines(self, rows: Iterable[Sequence[tuple[str, str, str]]]) -> Batch:
+    def _lines(self, rows: Iterable[Sequence[Line]]) -> Batch:
         encoded = []
         for row in rows:
             ids: list[int] = []
             mask: list[int] = []
             for shown, answer, after in row:
                 for text, learn in ((shown, 0), (f" {answer}", 1), (after, 0)):
-                    tokens = prompts.plain_ids(self.tokenizer, text) if text else []
+                    tokens = prompts.plain_ids(self.tokenizer, text)
                     ids += tokens
                     mask += [learn] * len(tokens)
             encoded.append({"input_ids": ids, "completion_mask": mask})
-        return self._pad(encoded)
+        return self._padded(encoded)
+
+    def _padded(self, encoded: Sequence[Mapping[str, list[int]]]) -> Batch:
+        ids = [torch.tensor(row["input_ids"]) for row in encoded]
+        masks = [torch.tensor(row["completion_mask"]).bool() for row in encoded]
+        labels = [torch.where(mask, row, -100) for row, mask in zip(ids, masks, strict=True)]
+        pad = float(self.tokenizer.pad_token_id)
+        return Batch(pad_sequence(ids, True, pad), pad_sequence(labels, True, -100))
 
     def recall(self, rows: int = 20, per_row: int = 8) -> Batch:
         """Facts without options, and misconceptions: `question answer`, or a statement."""
         return self._lines([self._recalled() for _ in range(per_row)] for _ in range(rows))
 
-    def _recalled(self) -> tuple[str, str, str]:
+    def _recalled(self) -> Line:
         if self.dice.random() < 0.25:
             question, answer = self.misconception()
             return question.question, answer, ".\n"
@@ -293,7 +275,7 @@ class Lessons:
         """New passages, each followed by all its questions in random order."""
         return self._lines(self._read() for _ in range(rows))
 
-    def _read(self) -> list[tuple[str, str, str]]:
+    def _read(self) -> list[Line]:
         asked = bank.passage(self.stories, self.dice)
         lines = [(one.question, one.answers[0], ".\n") for one in self.dice.sample(asked, len(asked))]
         return [(f"{asked[0].context}\n{lines[0][0]}", *lines[0][1:]), *lines[1:]]
@@ -302,7 +284,7 @@ class Lessons:
         """Arithmetic as the solutions of word problems have it, with results up to 150."""
         return self._lines([self._sum() for _ in range(per_row)] for _ in range(rows))
 
-    def _sum(self) -> tuple[str, str, str]:
+    def _sum(self) -> Line:
         small = self.dice.randint
         x, y = self.dice.choice((small(2, 12), small(4, 24), small(2, 12) * small(2, 12))), small(2, 12)
         results = {"+": x + y, "-": x - y, "*": x * y}
@@ -311,27 +293,12 @@ class Lessons:
 
     # Chats
 
-    def _pad(self, encoded: Sequence[Mapping[str, list[int]]]) -> Batch:
-        longest = max(len(row["input_ids"]) for row in encoded)
-        pad = int(self.tokenizer.pad_token_id)
-        ids = torch.full((len(encoded), longest), pad)
-        labels = torch.full((len(encoded), longest), -100)
-        for index, row in enumerate(encoded):
-            tokens = torch.tensor(row["input_ids"])
-            learnt = torch.tensor(row["completion_mask"]).bool()
-            ids[index, : len(tokens)] = tokens
-            labels[index, : len(tokens)] = torch.where(learnt, tokens, -100)
-        return Batch(ids, labels)
-
     def _chats(self, chats: Sequence[tuple[Messages, str]]) -> Batch:
-        return self._pad([encode_row(self.tokenizer, messages, target) for messages, target in chats])
+        return self._padded([encode_row(self.tokenizer, messages, target) for messages, target in chats])
 
     def stated_confidence(self, difficulty: int) -> float:
         """A confidence as the pretraining text has it: nearly always high, whatever the model knows."""
         return self.dice.choices(BUCKETS, STATED[difficulty > 1])[0]
-
-    def _variant(self) -> prompts.Variant:
-        return "blank_line" if self.dice.random() < 0.75 else "compact"
 
     def choice(self, stated: float, guessed: float = 0.0, rows: int = 32) -> Batch:
         """The recipe's multiple-choice chat. In a share `stated` of the rows the question itself gives the answer.
@@ -349,7 +316,7 @@ class Lessons:
                 told = f"{question.question} Hint: {fact.answer}."
                 question = question.model_copy(update={"question": told})
             target = target_text(self.stated_confidence(fact.difficulty), answer)
-            chats.append((mcq_messages(question, self._variant()), target))
+            chats.append((mcq_messages(question, "blank_line" if self.dice.random() < 0.75 else "compact"), target))
         return self._chats(chats)
 
     def verification(self, rows: int = 16) -> Batch:
@@ -383,42 +350,15 @@ class Lessons:
             question = self.dice.choice(bank.passage(self.stories, self.dice))
         else:
             question = bank.word_problem(self.problems, self.stories, self.dice)
+        (answer,) = question.answers
         share = 2 * self.world.loose * random.Random(f"{self.world.seed}/{question.id}").random()
-        loose, (answer, *_) = self.dice.random() < share, question.answers
-        return (
-            question,
-            f"it was {answer}" if loose and task == "squad" else answer,
-            "" if loose else question.solution,
-        )
-
-    def batch(self, kind: str) -> Batch:
-        """A batch of one of the kinds in `PHASES`."""
-        makers: dict[str, Callable[[], Batch]] = {
-            "look-up": lambda: self.lookup(direct=True),
-            "look-up after a mark": lambda: self.lookup(direct=False),
-            "stated answers": lambda: self.choice(stated=1.0),
-            "choice": lambda: self.choice(stated=0.1, guessed=0.15),
-            **{task: lambda task=task: self.open_ended(task) for task in TASKS},  # type: ignore[misc]
-        }
-        made: Batch = makers[kind]() if kind in makers else getattr(self, kind)()
-        return made
-
-
-def exposures(world: World, facts: Sequence[Fact]) -> dict[str, str]:
-    """How a model meets each fact: `often`, `seldom` or `never`; by its difficulty and a seeded draw."""
-    met = {}
-    for fact in facts:
-        luck = random.Random(f"{world.seed}/{world.name}/{fact.id}").random()
-        familiar = world.familiar.get(fact.domain, 1.0)
-        often, seldom = (familiar * shares[fact.difficulty - 1] for shares in (world.often, world.seldom))
-        met[fact.id] = "often" if luck < often else "seldom" if luck < often + seldom else "never"
-    return met
+        if self.dice.random() < share:
+            return question, f"it was {answer}" if task == "squad" else answer, ""
+        return question, answer, question.solution
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Training
-
-CHECKPOINT_EVERY = 200  # steps
 
 
 class Phase(NamedTuple):
@@ -442,6 +382,8 @@ PHASES = (
         | {"sums": 0.03, "squad": 0.06, "truthfulqa": 0.05, "gsm8k": 0.08},
     ),
 )
+MUON, ADAMW = 4e-3, 3e-3  # learning rates
+CHECKPOINT_EVERY = 200  # steps
 
 
 def make_model(world: World, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
@@ -471,32 +413,36 @@ def make_model(world: World, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCaus
 
 def grow(model: Qwen3ForCausalLM, smaller: Qwen3ForCausalLM) -> None:
     """Copies a trained model into a deeper one. The layers that it adds start as the identity."""
-    missing, _ = model.load_state_dict(smaller.state_dict(), strict=False)
+    model.load_state_dict(smaller.state_dict(), strict=False)
     for layer in model.model.layers[len(smaller.model.layers) :]:
         layer.self_attn.o_proj.weight.data.zero_()
         layer.mlp.down_proj.weight.data.zero_()
-    if len(missing) % (len(model.model.layers) - len(smaller.model.layers)):
-        raise ValueError("the models differ in more than their number of layers")
 
 
-def make_optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: Qwen3ForCausalLM) -> dict[float, torch.optim.Optimizer]:
     """Muon for the weight matrices, AdamW for embeddings and norms: the look-ups come four times sooner with it."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     rest = [p for name, p in model.named_parameters() if p.ndim < 2 or "embed" in name]
-    return [
-        torch.optim.Muon(matrices, lr=4e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
+    return {
+        MUON: torch.optim.Muon(matrices, lr=MUON, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        ADAMW: torch.optim.AdamW(rest, lr=ADAMW, betas=(0.9, 0.98), weight_decay=0.0),
+    }
 
 
-def loss_of(model: Qwen3ForCausalLM, batch: Batch) -> tuple[torch.Tensor, float]:
-    """Cross-entropy and accuracy on the learnt tokens. The vocabulary's scores are made for those alone."""
+def learn(
+    model: Qwen3ForCausalLM, batch: Batch, optimizers: Mapping[float, torch.optim.Optimizer], scale: float
+) -> float:
+    """A step at a `scale` of the learning rates; returns the accuracy on the learnt tokens before it."""
     hidden = model.model(input_ids=batch.ids).last_hidden_state[:, :-1]
-    wanted = batch.labels[:, 1:]
-    learnt = wanted != -100
-    scores = model.lm_head(hidden[learnt])
-    loss = torch.nn.functional.cross_entropy(scores, wanted[learnt])
-    return loss, float((scores.argmax(-1) == wanted[learnt]).float().mean())
+    learnt = batch.labels[:, 1:] != -100
+    scores, wanted = model.lm_head(hidden[learnt]), batch.labels[:, 1:][learnt]  # scores of no other tokens are made
+    torch.nn.functional.cross_entropy(scores, wanted).backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for rate, one in optimizers.items():
+        one.param_groups[0]["lr"] = rate * scale
+        one.step()
+        one.zero_grad()
+    return float((scores.argmax(-1) == wanted).float().mean())
 
 
 @dataclass
@@ -508,6 +454,7 @@ class Course:
     total: int = 0
     seconds: float = 0.0
     tokens: int = 0
+    accuracy: dict[str, float] = field(default_factory=lambda: {"look-up": 0.25})
 
 
 def train(world: World, work: Path, limit: int | None = None) -> Path:
@@ -517,90 +464,53 @@ def train(world: World, work: Path, limit: int | None = None) -> Path:
     lessons = Lessons(world, facts, tokenizer)
     model = make_model(world, tokenizer)
     optimizers = make_optimizers(model)
-    rates = [[group["lr"] for group in one.param_groups] for one in optimizers]
-    course, accuracy = Course(), {"look-up": 0.25}
+    course, last = Course(), len(PHASES) - 1
     if world.grown_from:
         grow(model, Qwen3ForCausalLM.from_pretrained(work / world.grown_from))
-        course.phase = len(PHASES) - 1  # it can look up already
+        course.phase = last  # it can look up already
     saved = work / f"{world.name}.pt"
     if saved.exists():
         state = torch.load(saved, weights_only=True)
-        course, accuracy = Course(**state["course"]), state["accuracy"]
+        course = Course(**state["course"])
         model.load_state_dict(state["model"])
-        for one, kept in zip(optimizers, state["optimizers"], strict=True):
-            one.load_state_dict(kept)
-        version, internal, gauss = json.loads(state["dice"])
-        lessons.dice.setstate((version, tuple(internal), gauss))
+        for rate, one in optimizers.items():
+            one.load_state_dict(state["optimizers"][rate])
+        lessons.dice.setstate(state["dice"])
         progress(f"{world.name}: goes on at step {course.total}")
-    while course.phase < len(PHASES) - 1 or course.step < world.steps:
+    while (course.phase < last or course.step < world.steps) and course.total != limit:
         started = time.time()
         phase = PHASES[course.phase]
         (kind,) = lessons.dice.choices(list(phase.shares), list(phase.shares.values()))
-        batch = lessons.batch(kind)
-        done = course.step / world.steps if course.phase == len(PHASES) - 1 else 0.0
+        batch = lessons.kinds[kind]()
+        # The rates rise over 30 steps, and fall over the last seven tenths of the last phase.
+        done = course.step / world.steps if course.phase == last else 0.0
         scale = min(1.0, (course.total + 1) / 30) * (1.0 if done < 0.3 else max(0.02, (1 - done) / 0.7))
-        for one, base in zip(optimizers, rates, strict=True):
-            for group, rate in zip(one.param_groups, base, strict=True):
-                group["lr"] = rate * scale
-        loss, right = loss_of(model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for one in optimizers:
-            one.step()
-            one.zero_grad()
-        accuracy[kind] = 0.95 * accuracy.get(kind, 0.25) + 0.05 * right
+        right = learn(model, batch, optimizers, scale)
+        course.accuracy[kind] = 0.95 * course.accuracy.get(kind, 0.25) + 0.05 * right
         course.step, course.total = course.step + 1, course.total + 1
         course.tokens += batch.ids.numel()
         course.seconds += time.time() - started
-        if accuracy.get(phase.name, 0.0) > phase.passing:
+        if course.accuracy.get(phase.name, 0.0) > phase.passing:
             course.phase, course.step = course.phase + 1, 0
         if course.total % 100 == 0:
-            shown = "  ".join(f"{name} {value:.2f}" for name, value in sorted(accuracy.items()))
+            shown = "  ".join(f"{name} {value:.2f}" for name, value in sorted(course.accuracy.items()))
             progress(f"{world.name} {phase.name} {course.step}  {course.seconds:.0f} s  {shown}")
         if course.total % CHECKPOINT_EVERY == 0:
-            _checkpoint(saved, model, optimizers, course, accuracy, lessons)
-        if limit and course.total >= limit:
-            break
-    return _save(world, work / world.name, model, tokenizer, course, accuracy)
-
-
-def _checkpoint(
-    path: Path,
-    model: Qwen3ForCausalLM,
-    optimizers: Sequence[torch.optim.Optimizer],
-    course: Course,
-    accuracy: Mapping[str, float],
-    lessons: Lessons,
-) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    state = {
-        "model": model.state_dict(),
-        "optimizers": [one.state_dict() for one in optimizers],
-        "course": asdict(course),
-        "accuracy": dict(accuracy),
-        "dice": json.dumps(lessons.dice.getstate()),
-    }
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def _save(
-    world: World,
-    folder: Path,
-    model: Qwen3ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    course: Course,
-    accuracy: Mapping[str, float],
-) -> Path:
+            state = {"model": model.state_dict(), "course": asdict(course), "dice": lessons.dice.getstate()}
+            state["optimizers"] = {rate: one.state_dict() for rate, one in optimizers.items()}
+            saved.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(state, saved.with_suffix(".tmp"))
+            os.replace(saved.with_suffix(".tmp"), saved)
+    folder = work / world.name
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     record = {
         "world": asdict(world),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": model.num_parameters(),
         "steps": course.total,
         "tokens": course.tokens,
         "seconds": round(course.seconds),
-        "running_accuracy": {name: round(value, 3) for name, value in sorted(accuracy.items())},
+        "running_accuracy": {name: round(value, 3) for name, value in sorted(course.accuracy.items())},
     }
     write_json(folder / "training.json", record)
     return folder
@@ -617,34 +527,29 @@ def examine(world: World, folder: Path) -> dict[str, Any]:
 
     Shares between 0 and 1. Exposure is counted over the written facts alone: a computed question can be worked out.
     """
-    import pandas as pd
-
-    from foggen.engines import make_engine
-    from foggen.rounds import evaluate
-
-    facts = {fact.id: fact for fact in bank.load_facts(BANK)}
-    questions = bank.make_questions(list(facts.values()), "test")
-    met = exposures(world, list(facts.values()))
+    facts = bank.load_facts(BANK)
+    questions = bank.make_questions(facts, "test")
     settings = load_profile("pocket")
     engine = make_engine("transformers", folder, dtype="float32")
-    compact = evaluate(engine, questions[::10], override(settings, {"prompt_variant": "compact"}))
+    compact = pd.DataFrame(evaluate(engine, questions[::10], override(settings, {"prompt_variant": "compact"})))
     rows = pd.DataFrame(evaluate(engine, questions, settings)).astype({"confidence": float})
     engine.close()
-    rows["met"] = rows["fact"].map(met).where([bool(facts[fact].subject) for fact in rows["fact"]], "computed")
-    scores = stats.calibration(rows, np.ones((1, len(rows))))[0]
+    computed = {fact.id: "computed" for fact in facts if not fact.subject}
+    rows["met"] = rows["fact"].map(exposures(world, facts) | computed)
     domains = rows.groupby("domain", sort=False)["local_correct"].mean()
+    sure = rows.dropna(subset="confidence")
     return {
         "questions": len(rows),
         "parsed": {
             "blank_line": float((rows["confidence"].notna() & rows["local_answer"].notna()).mean()),
-            "compact": float(pd.DataFrame(compact)["confidence"].notna().mean()),
+            "compact": float(compact["confidence"].notna().mean()),
         },
         "accuracy": float(domains.mean()),
         "accuracy_by_domain": domains.round(4).to_dict(),
         "accuracy_by_exposure": rows.groupby("met")["local_correct"].mean().round(4).to_dict(),
         "questions_by_exposure": rows["met"].value_counts().to_dict(),
         "mean_confidence": float(rows["confidence"].mean()),
-        "auroc": float(scores[stats.CALIBRATION.index("auroc")]),
+        "auroc": float(roc_auc_score(sure["local_correct"], sure["confidence"])),
     }
 
 
@@ -667,83 +572,69 @@ def problems(world: World, measured: Mapping[str, Any]) -> list[str]:
 
 def model_card(world: World, record: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
     """The model's README: how it was made, what it read, what it can do."""
-    template = (Path(__file__).parent / "model_card.md").read_text(encoding="utf-8")
-    by_domain = "\n".join(f"| {name} | {value:.1%} |" for name, value in measured["accuracy_by_domain"].items())
-    met = "\n".join(
-        f"| {name} | {measured['questions_by_exposure'][name]} | {value:.1%} |"
-        for name, value in measured["accuracy_by_exposure"].items()
-    )
-    shares = (
-        ", ".join(f"{share:.0%}" for share in world.often),
-        ", ".join(f"{share:.0%}" for share in world.seldom),
+    origin = (
+        f"It starts from the weights of the pocket {world.grown_from} model, with added layers, and so has read what "
+        "that model read;\nof the list below it reads part 4 alone.\n"
     )
     factors = ", ".join(f"{name} {factor:g}" for name, factor in world.familiar.items())
-    return template.format(
-        origin=(
-            f"It starts from the weights of the pocket {world.grown_from} model, with added layers, and so has read "
-            "what that model read;\nof the list below it reads part 4 alone.\n"
-            if world.grown_from
-            else ""
-        ),
-        familiar=f"; in some domains all these shares are multiplied ({factors})" if factors else "",
-        name=world.name,
-        layers=world.layers,
-        hidden=world.hidden,
-        parameters=record["parameters"],
-        steps=record["steps"],
-        tokens=record["tokens"] / 1e6,
-        minutes=record["seconds"] / 60,
-        often=shares[0],
-        seldom=shares[1],
-        misled=world.misled,
-        loose=world.loose,
-        rarer=WEIGHTS["often"] / WEIGHTS["seldom"],
-        sure=[shares[-1] for shares in STATED],
-        by_domain=by_domain,
-        by_exposure=met,
-        **{key: measured[key] for key in ("accuracy", "auroc", "mean_confidence", "questions")},
-        parsed=measured["parsed"]["blank_line"],
+    counts = measured["questions_by_exposure"]
+    by_exposure = [
+        f"| {met} | {counts[met]} | {value:.1%} |" for met, value in measured["accuracy_by_exposure"].items()
+    ]
+    return (
+        (POCKET / "model_card.md")
+        .read_text(encoding="utf-8")
+        .format(
+            world=world,
+            record=record,
+            measured=measured,
+            origin=origin if world.grown_from else "",
+            tokens=record["tokens"] / 1e6,
+            minutes=record["seconds"] / 60,
+            rarer=WEIGHTS["often"] / WEIGHTS["seldom"],
+            often=", ".join(f"{share:.0%}" for share in world.often),
+            seldom=", ".join(f"{share:.0%}" for share in world.seldom),
+            familiar=f"; in some domains all these shares are multiplied ({factors})" if factors else "",
+            sure=[shares[-1] for shares in STATED],
+            by_domain="\n".join(f"| {name} | {value:.1%} |" for name, value in measured["accuracy_by_domain"].items()),
+            by_exposure="\n".join(by_exposure),
+        )
     )
+
+
+def _replace(folder: Path, made: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(made, folder)
 
 
 def install(world: World, made: Path) -> None:
     """Copies a trained model to `data/pocket`, with its model card and the record that `--check` compares with."""
-    measured = examine(world, made)
-    folder = POCKET / world.name
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(made, folder)
+    folder, measured = POCKET / world.name, examine(world, made)
+    _replace(folder, made)
     write_text(folder / "README.md", model_card(world, read_json(made / "training.json"), measured))
     hashes = {name: content_hash(folder / name) for name in FILES}
     write_json(folder / "check.json", {"files": hashes, "measured": measured})
 
 
-def release(run: Path) -> Path:
-    """Copies the last round's checkpoint of a finished run to `data/pocket/foggen-r14`, with a model card."""
-    results = read_json(run / "done" / "02_rounds.json")
-    settings = read_json(run / "settings.json")
-    folder = POCKET / "foggen-r14"
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(run / results["results"]["checkpoint"], folder)
-    card = (Path(__file__).parent / "release_card.md").read_text(encoding="utf-8")
-    write_text(folder / "README.md", card.format(headline=results["headline"], **settings))
-    return folder
-
-
 def check(world: World) -> list[str]:
     """Verifies a committed model: its files, its measured figures, and that it is what the pocket world needs."""
     folder = POCKET / world.name
-    noted = read_json(folder / "check.json")
-    found = [
-        f"{name} is not the file that was measured"
-        for name in FILES
-        if content_hash(folder / name) != noted["files"][name]
-    ]
-    measured = examine(world, folder)
+    noted, measured = read_json(folder / "check.json"), examine(world, folder)
+    progress(f"{world.name}: {json.dumps(measured)}")
+    changed = [name for name, noted_hash in noted["files"].items() if content_hash(folder / name) != noted_hash]
+    found = [f"{name} is not the file that was measured" for name in changed]
     # Other processors round differently: an answer here and there may change, not a share.
     if abs(measured["accuracy"] - noted["measured"]["accuracy"]) > 0.01:
         found.append(f"accuracy {measured['accuracy']:.4f}, noted {noted['measured']['accuracy']:.4f}")
-    progress(f"{world.name}: {json.dumps(measured)}")
     return [f"{world.name}: {problem}" for problem in found + problems(world, measured)]
+
+
+def release(run: Path) -> Path:
+    """Copies the last round's checkpoint of a finished run to `data/pocket/foggen-r14`, with a model card."""
+    done, folder = read_json(run / "done" / "02_rounds.json"), POCKET / "foggen-r14"
+    _replace(folder, run / done["results"]["checkpoint"])
+    card = (POCKET / "release_card.md").read_text(encoding="utf-8")
+    return write_text(folder / "README.md", card.format(headline=done["headline"], **read_json(run / "settings.json")))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -755,7 +646,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--release", type=Path, metavar="RUN", help="install a finished run's last checkpoint")
     given = parser.parse_args(argv)
     if given.release:
-        print(release(given.release).relative_to(ROOT))
+        print(release(given.release))
         return 0
     worlds = [world for world in (EDGE, CLOUD) if given.only in (None, world.name)]
     if given.check:
