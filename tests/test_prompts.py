@@ -119,6 +119,7 @@ def test_verification_decisions(text, decision):
         ("Confidence: 10\nFinal answer: A", None, "A"),
         ("Confidence: ..\nFinal answer: A", None, "A"),
         ("Confidence: 0.5.5\nFinal answer: A", None, "A"),
+        ("Confidence: 0.5.0\nFinal answer: A", None, "A"),
         ("Confidence: -1.0\nFinal answer: A", None, "A"),
         ("Confidence: 1.0\nFinal answer: Apple", 1.0, None),
         ("Confidence: 1.0", 1.0, None),

@@ -6,9 +6,10 @@ Holds the recipe's texts and nothing about how a model is run or trained.
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,40 +23,38 @@ BUCKETS: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
 BUCKET_TEXTS: tuple[str, ...] = ("0.0", "0.25", "0.5", "0.75", "1.0")
 CONFIDENCE_PREFIX = "Confidence:"
 ANSWER_PREFIX = "\nFinal answer:"
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LETTERS = string.ascii_uppercase
 
+_SYSTEM = """\
+You are a self-aware {assistant} assistant.
+
+Rules:
+- Do not output <think> tags.
+- First, assess your confidence in solving this question.
+- Then {then}.
+- Output format:
+  Confidence: <0.0|0.25|0.5|0.75|1.0>
+  {form}"""
+
+
+def _system(assistant: str, then: str, form: str) -> str:
+    return _SYSTEM.format(assistant=assistant, then=then, form=form)
+
+
+_MCQ = _system("multiple-choice", "give your answer", "Final answer: <OPTION_LETTER>")
 # The public model cards show the same system prompt twice, with different white space; both are kept as variants.
 SYSTEM_MCQ: dict[str, str] = {
-    "blank_line": (
-        "You are a self-aware multiple-choice assistant.\n\nRules:\n- Do not output <think> tags.\n"
-        "- First, assess your confidence in solving this question.\n- Then give your answer.\n- Output format:\n"
-        "  Confidence: <0.0|0.25|0.5|0.75|1.0>\n  Final answer: <OPTION_LETTER>"
-    ),
-    "compact": (
-        "You are a self-aware multiple-choice assistant.\nRules:\n- Do not output <think> tags.\n"
-        "- First, assess your confidence in solving this question.\n- Then give your answer.\n- Output format:\n"
-        "Confidence: <0.0|0.25|0.5|0.75|1.0>\nFinal answer: <OPTION_LETTER>"
-    ),
+    "blank_line": _MCQ,
+    "compact": _MCQ.replace("\n\n", "\n").replace("\n  ", "\n"),
 }
-
-_OPEN_RULES = "\n\nRules:\n- Do not output <think> tags.\n- First, assess your confidence in solving this question.\n"
-_OPEN_FORMAT = "- Output format:\n  Confidence: <0.0|0.25|0.5|0.75|1.0>\n"
 SYSTEM_OPEN: dict[str, str] = {
-    "squad": "You are a self-aware reading comprehension assistant."
-    + _OPEN_RULES
-    + "- Then give your answer, a short span copied from the passage.\n"
-    + _OPEN_FORMAT
-    + "  Final answer: <SPAN>",
-    "truthfulqa": "You are a self-aware factual question assistant."
-    + _OPEN_RULES
-    + "- Then give your answer in one short sentence.\n"
-    + _OPEN_FORMAT
-    + "  Final answer: <ANSWER>",
-    "gsm8k": "You are a self-aware math assistant."
-    + _OPEN_RULES
-    + "- Then reason step by step, and give your answer as a number.\n"
-    + _OPEN_FORMAT
-    + "  <REASONING>\n  Final answer: <NUMBER>",
+    "squad": _system(
+        "reading comprehension", "give your answer, a short span copied from the passage", "Final answer: <SPAN>"
+    ),
+    "truthfulqa": _system("factual question", "give your answer in one short sentence", "Final answer: <ANSWER>"),
+    "gsm8k": _system(
+        "math", "reason step by step, and give your answer as a number", "<REASONING>\n  Final answer: <NUMBER>"
+    ),
 }
 
 
@@ -74,6 +73,10 @@ class Route(NamedTuple):
     answer: str | None
 
 
+def _chat(system: str, user: str) -> Messages:
+    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+
+
 def option_lines(options: Sequence[str]) -> str:
     """One line an option: `A. first`, `B. second`, ..."""
     return "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, options, strict=False))
@@ -87,19 +90,13 @@ def user_turn(question: Question, variant: Variant = "blank_line") -> str:
 
 def mcq_messages(question: Question, variant: Variant = "blank_line") -> Messages:
     """The recipe's multiple-choice prompt as chat messages."""
-    return [
-        {"role": "system", "content": SYSTEM_MCQ[variant]},
-        {"role": "user", "content": user_turn(question, variant)},
-    ]
+    return _chat(SYSTEM_MCQ[variant], user_turn(question, variant))
 
 
 def open_messages(question: OpenQuestion) -> Messages:
     """The prompt of an open-ended question: its task's system prompt, then passage (if any) and question."""
     passage = f"Passage: {question.context}\n\n" if question.context else ""
-    return [
-        {"role": "system", "content": SYSTEM_OPEN[question.task]},
-        {"role": "user", "content": f"{passage}Question: {question.question}"},
-    ]
+    return _chat(SYSTEM_OPEN[question.task], f"{passage}Question: {question.question}")
 
 
 def target_text(confidence: float, answer: str, reasoning: str = "") -> str:
@@ -127,35 +124,15 @@ class Exemplar(NamedTuple):
 
 
 EXEMPLARS: tuple[Exemplar, ...] = (
-    Exemplar(
-        "How many days are in a leap year?",
-        ("364", "365", "366", "367"),
-        "C",
-        "A leap year has one day more than 365.",
-        True,
-    ),
-    Exemplar(
-        "Which animal lays eggs?",
-        ("dog", "hen", "cow", "cat"),
-        "A",
-        "Dogs give birth to puppies, and hens lay eggs.",
-        False,
-    ),
-    Exemplar(
-        "What do you call frozen water?",
-        ("sand", "steam", "smoke", "ice"),
-        "D",
-        "Water that freezes turns into ice.",
-        True,
-    ),
-    Exemplar(
-        "Which color do you get from blue and yellow?",
-        ("red", "green", "black", "white"),
-        "C",
-        "Blue and yellow give green, and not black.",
-        False,
-    ),
-)
+    Exemplar("How many days are in a leap year?", ("364", "365", "366", "367"), "C",
+             "A leap year has one day more than 365.", True),
+    Exemplar("Which animal lays eggs?", ("dog", "hen", "cow", "cat"), "A",
+             "Dogs give birth to puppies, and hens lay eggs.", False),
+    Exemplar("What do you call frozen water?", ("sand", "steam", "smoke", "ice"), "D",
+             "Water that freezes turns into ice.", True),
+    Exemplar("Which color do you get from blue and yellow?", ("red", "green", "black", "white"), "C",
+             "Blue and yellow give green, and not black.", False),
+)  # fmt: skip
 
 
 def verification_text(question: str, options: Sequence[str], answer: str) -> str:
@@ -177,9 +154,8 @@ def worked_verification(exemplar: Exemplar) -> str:
 def verify_messages(question: Question, answer: str, shots: int = len(EXEMPLARS)) -> Messages:
     """Few-shot self-verification of `answer` (a letter): 4 worked examples, two correct and two incorrect."""
     shown = [worked_verification(exemplar) for exemplar in EXEMPLARS[:shots]]
-    asked = verification_text(question.question, question.options, answer)
-    content = "\n\n".join([*shown, asked])
-    return [{"role": "system", "content": VERIFY_SYSTEM}, {"role": "user", "content": content}]
+    content = "\n\n".join([*shown, verification_text(question.question, question.options, answer)])
+    return _chat(VERIFY_SYSTEM, content)
 
 
 def parse_verification(text: str) -> bool | None:
@@ -194,15 +170,13 @@ def parse_verification(text: str) -> bool | None:
 _CONFIDENCE = re.compile(r"confidence\s*:\s*([0-9][0-9.]*)", re.IGNORECASE)
 _ANSWER = re.compile(r"final\s+answer\s*:\s*\(?([A-Za-z])(?![A-Za-z])", re.IGNORECASE)
 _FREE_ANSWER = re.compile(r"final\s+answer\s*:[ \t]*([^\n]*)", re.IGNORECASE)
-_BUCKET_OF_NUMBER = {"0": 0.0, "0.0": 0.0, "0.25": 0.25, "0.5": 0.5, "0.75": 0.75, "1": 1.0, "1.0": 1.0}
+_BUCKET = re.compile(r"([01](\.0*)?|0\.(25|5|75)0*)\.*")
 
 
-def _bucket(text: str) -> float | None:
+def _confidence(text: str) -> float | None:
     """Exactly one of the five buckets, written with any number of trailing zeros; everything else is no confidence."""
-    number = text.rstrip(".")
-    if "." in number:
-        number = number.rstrip("0").rstrip(".")
-    return _BUCKET_OF_NUMBER.get(number or text)
+    said = _CONFIDENCE.search(text)
+    return float(said[1].rstrip(".")) if said and _BUCKET.fullmatch(said[1]) else None
 
 
 def parse_response(text: str, options: int = 26) -> Response:
@@ -212,21 +186,15 @@ def parse_response(text: str, options: int = 26) -> Response:
     after its answer cannot change it. A number that is not one of the five buckets is no confidence; a letter
     beyond the question's `options` is no answer.
     """
-    confidence = _CONFIDENCE.search(text)
-    answer = _ANSWER.search(text)
-    letter = answer.group(1).upper() if answer else None
-    return Response(
-        _bucket(confidence.group(1)) if confidence else None,
-        letter if letter and LETTERS.find(letter) < options else None,
-    )
+    said = _ANSWER.search(text)
+    letter = said[1].upper() if said else None
+    return Response(_confidence(text), letter if letter and LETTERS.index(letter) < options else None)
 
 
 def parse_open_response(text: str) -> Response:
     """As `parse_response`, with free text after `Final answer:` (to the end of its line) as the answer."""
-    confidence = _CONFIDENCE.search(text)
-    answer = _FREE_ANSWER.search(text)
-    free = answer.group(1).strip() if answer else ""
-    return Response(_bucket(confidence.group(1)) if confidence else None, free or None)
+    said = _FREE_ANSWER.search(text)
+    return Response(_confidence(text), (said[1].strip() or None) if said else None)
 
 
 def route_query(text: str, tau: float = 0.5, options: int = 26) -> Route:
@@ -250,15 +218,14 @@ def encode_chat(
     become control tokens, the contents never do. A last message of the role `assistant` is a prefix that the model
     continues, without an end-of-turn token.
     """
-    *chat, last = messages
+    last = messages[-1]
     prefix = last["content"] if last["role"] == "assistant" else ""
-    if not prefix:
-        chat = [*chat, last]
-    roles = tuple(message["role"] for message in chat)
+    chat = messages[:-1] if prefix else messages
     ids: list[int] = []
+    roles = tuple(message["role"] for message in chat)
     for piece in _frame(tokenizer, roles, bool(prefix) or add_generation_prompt):
         ids += plain_ids(tokenizer, chat[piece]["content"]) if isinstance(piece, int) else piece
-    return ids + (plain_ids(tokenizer, prefix) if prefix else [])
+    return ids + plain_ids(tokenizer, prefix)
 
 
 @lru_cache(maxsize=64)
@@ -272,27 +239,18 @@ def _frame(
     marks = [f"\ue000{index}\ue001" for index in range(len(roles))]
     shells = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
     pieces = re.split("\ue000([0-9]+)\ue001", _rendered(tokenizer, shells, add_generation_prompt))
-    return [
-        int(piece) if place % 2 else cast(list[int], tokenizer(piece, add_special_tokens=False)["input_ids"])
-        for place, piece in enumerate(pieces)
-        if piece
-    ]
+    return [int(piece) if place % 2 else _control_ids(tokenizer, piece) for place, piece in enumerate(pieces) if piece]
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, shells: Messages, add_generation_prompt: bool) -> str:
     """The template's text around placeholders. One without a system role gets it at the head of the first user turn."""
     from jinja2 import TemplateError
 
+    trouble: Exception = ValueError("the model's chat template leaves out a message")
     try:
-        rendered = cast(
-            str,
-            tokenizer.apply_chat_template(
-                shells, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
-            ),
-        )
+        rendered = _applied(tokenizer, shells, add_generation_prompt)
         if all(shell["content"] in rendered for shell in shells):
             return rendered
-        trouble: Exception = ValueError("the model's chat template leaves out a message")
     except TemplateError as error:
         trouble = error
     if shells[0]["role"] != "system" or len(shells) < 2:
@@ -302,16 +260,26 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, shells: Messages, add_generati
     return _rendered(tokenizer, [joined, *rest], add_generation_prompt)
 
 
+def _applied(tokenizer: PreTrainedTokenizerBase, chat: Messages, add_generation_prompt: bool = False) -> str:
+    return str(
+        tokenizer.apply_chat_template(
+            chat, tokenize=False, enable_thinking=False, add_generation_prompt=add_generation_prompt
+        )
+    )
+
+
+def _control_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a template's own text, which may hold control tokens."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text, with everything that looks like a control token taken as plain characters."""
-    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-    return cast(list[int], encoded["input_ids"])
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
 def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that the chat template puts after an assistant turn: what a trained answer ends with."""
     mark = "\ue000"
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
-    rendered = cast(str, tokenizer.apply_chat_template(turns, tokenize=False, enable_thinking=False))
-    after = rendered.rsplit(mark, 1)[1]
-    return cast(list[int], tokenizer(after, add_special_tokens=False)["input_ids"])[0]
+    rendered = _applied(tokenizer, [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}])
+    return _control_ids(tokenizer, rendered.rsplit(mark, 1)[1])[0]
