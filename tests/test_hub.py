@@ -7,20 +7,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import HfApi, constants, errors
 
 from foggen import hub
 from foggen.config import load_profile, override
-from foggen.push import push
 from foggen.rounds import model_folder
 from foggen.store import Store, read_json
 
 
-def answer(status: int) -> httpx.Response:
-    return httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co"))
+def answer(status: int) -> httpx2.Response:
+    return httpx2.Response(status, request=httpx2.Request("GET", "https://huggingface.co"))
 
 
 def wrapped(error: Exception, cause: Exception) -> Exception:
@@ -38,7 +37,8 @@ ERRORS: list[tuple[Exception, str, str]] = [
     (errors.RevisionNotFoundError("no", response=answer(404)), "", "no revision 'v9'.*commits/main"),
     (errors.OfflineModeIsEnabled("no"), "", "cannot be reached, and there is no copy.*HF_HUB_OFFLINE"),
     (errors.LocalEntryNotFoundError("no"), "", "cannot be reached"),
-    (httpx.ConnectError("no"), "", "cannot be reached"),
+    (httpx2.ConnectError("no"), "", "cannot be reached"),
+    (httpx2.ReadTimeout("no"), "", "cannot be reached"),
     (ConnectionError("Couldn't reach it"), "", "cannot be reached"),
     (OSError(errno.ENOSPC, "No space left on device"), "", "disk is full.*HF_HOME"),
     (wrapped(DatasetNotFoundError("gated"), GATED), "", "it is gated"),
@@ -116,16 +116,16 @@ def test_an_upload_asks_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, c
     monkeypatch.setattr(HfApi, "upload_folder", lambda self, **options: done.append(options))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with pytest.raises(hub.HubError, match="HF_TOKEN"):
-        push(tmp_path, "me/mine")
+        hub.push(tmp_path, "me/mine")
     monkeypatch.setenv("HF_TOKEN", "key")
     with pytest.raises(hub.HubError, match="no checkpoint"):
-        push(tmp_path, "me/mine")
+        hub.push(tmp_path, "me/mine")
     (tmp_path / "model.safetensors").write_bytes(b"0")
     for answer in ("", "no", "y"):
-        assert not push(tmp_path, "me/mine", lambda question, answer=answer: answer)
+        assert not hub.push(tmp_path, "me/mine", lambda question, answer=answer: answer)
     assert not done
     questions: list[str] = []
-    assert push(tmp_path, "me/mine", lambda question: questions.append(question) or "yes")
+    assert hub.push(tmp_path, "me/mine", lambda question: questions.append(question) or "yes")
     assert done[0] == (("me/mine",), {"private": True, "exist_ok": True})
     assert done[1]["repo_id"] == "me/mine" and done[1]["folder_path"] == tmp_path
     assert "1 files" in questions[0] and "key" not in capsys.readouterr().out

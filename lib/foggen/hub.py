@@ -1,22 +1,29 @@
 """The Hugging Face hub: models and data sets at a known commit, and what to do where they cannot be had.
 
 The token is read from the environment variable HF_TOKEN and from nowhere else. Knows nothing of the recipe.
+`python -m foggen.hub FOLDER NAME/REPOSITORY` uploads a checkpoint, after asking: FOLDER is a round's `model` or
+`adapter` under `runs/<run>/stages/r14-sft-*/`, and HF_TOKEN holds a token that may write.
 """
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
+
+import httpx2
+from huggingface_hub import HfApi, errors, snapshot_download
 
 from foggen.config import Settings, SettingsError
 from foggen.store import ROOT
 
 Kind = Literal["model", "dataset"]
 FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]  # weights as safetensors only, no code
+UNREACHABLE = (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, httpx2.TransportError, ConnectionError)
 
 
 class HubError(SettingsError):
@@ -30,46 +37,23 @@ def token() -> str | bool:
 
 def advice(error: BaseException, name: str, kind: Kind, revision: str | None) -> str | None:
     """What to do about an error of the hub's libraries, whatever they wrapped it in; None where it is another."""
-    import httpx
-    from huggingface_hub import errors
-
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
     own = "give a folder or file of your own in the profile"
-    signed = bool(token())
-    known: list[tuple[Any, str]] = [
-        (
-            errors.GatedRepoError,
-            f"it is gated. Ask for access at {page}"
-            + (" with the account of your HF_TOKEN" if signed else ", then set the environment variable HF_TOKEN"),
-        ),
-        (
-            errors.RevisionNotFoundError,
-            f"it has no revision {revision!r}. See {page}/commits/main, or set the revision to null for the newest",
-        ),
-        (
-            errors.RepositoryNotFoundError,
-            f"there is no such {kind}, or it is private. See {page}; "
-            + ("is it open to the account of your HF_TOKEN?" if signed else "private ones need HF_TOKEN set"),
-        ),
-        (
-            (
-                errors.OfflineModeIsEnabled,
-                errors.LocalEntryNotFoundError,
-                httpx.TransportError,
-                ConnectionError,
-            ),
-            "the hub cannot be reached, and there is no copy in this machine's cache. Run once with a connection "
-            f"(and without HF_HUB_OFFLINE), or {own}",
-        ),
-    ]
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno == errno.ENOSPC:
-            return "the disk is full. Free some space, or set HF_HOME to a folder on a larger disk"
-        for kinds, text in known:
-            if isinstance(seen, kinds):
-                return text
-        seen = seen.__cause__ or seen.__context__
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "the disk is full. Free some space, or set HF_HOME to a folder on a larger disk"
+    if isinstance(error, errors.GatedRepoError):
+        how = " with the account of your HF_TOKEN" if token() else ", then set the environment variable HF_TOKEN"
+        return f"it is gated. Ask for access at {page}{how}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"it has no revision {revision!r}. See {page}/commits/main, or set the revision to null for the newest"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        how = "is it open to the account of your HF_TOKEN?" if token() else "private ones need HF_TOKEN set"
+        return f"there is no such {kind}, or it is private. See {page}; {how}"
+    if isinstance(error, UNREACHABLE):
+        once = "Run once with a connection (and without HF_HUB_OFFLINE)"
+        return f"the hub cannot be reached, and there is no copy in this machine's cache. {once}, or {own}"
+    if cause := error.__cause__ or error.__context__:
+        return advice(cause, name, kind, revision)
     if type(error).__name__ == "DatasetNotFoundError":
         return f"there is no such data set, or it is private or gated. See {page}, or {own}"
     return None
@@ -93,56 +77,83 @@ def is_local(name: str) -> bool:
 
 def cached(name: str, kind: Kind, revision: str | None = None) -> Path | None:
     """The folder of the newest or the named revision in this machine's cache; asks no hub."""
-    from huggingface_hub import constants
-
-    folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}"
-    newest = folder / "refs" / "main"
-    commit = revision or (newest.read_text().strip() if newest.exists() else "")
-    snapshot = folder / "snapshots" / commit
-    return snapshot if commit and snapshot.is_dir() else None
+    wanted = FILES if kind == "model" else None
+    try:
+        folder = snapshot_download(
+            name, repo_type=kind, revision=revision, allow_patterns=wanted, local_files_only=True
+        )
+    except (errors.LocalEntryNotFoundError, errors.HFValidationError):
+        return None
+    return Path(folder)
 
 
 def download(name: str, revision: str | None = None) -> Path:
     """A model's folder in this machine's cache, downloaded where it is not there yet."""
-    from huggingface_hub import snapshot_download
-
     with explained(name, "model", revision):
         return Path(snapshot_download(name, revision=revision, allow_patterns=FILES, token=token()))
 
 
 def commit(name: str, kind: Kind) -> str | None:
     """The commit that is the newest now; without a connection that of the cached copy, if there is one."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
     try:
         with explained(name, kind):
-            return cast(str, HfApi(token=token()).repo_info(name, repo_type=kind).sha)
+            return HfApi(token=token()).repo_info(name, repo_type=kind).sha
     except HubError as error:
-        if not isinstance(error.__cause__, OfflineModeIsEnabled | ConnectionError):
+        if not isinstance(error.__cause__, UNREACHABLE):
             raise
-        folder = cached(name, kind)
-        return folder.name if folder else None
+    folder = cached(name, kind)
+    return folder.name if folder else None
 
 
 def pin(settings: Settings, before: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Overrides that fix the revisions a profile leaves open: as `before` (the run's earlier settings), else now."""
-    old: Any = before or {"edge": {}, "cloud": {}, "data": {"sources": []}}
-
-    def newest(name: str, kind: Kind, past: Mapping[str, Any]) -> str | None:
-        return past.get("revision") or commit(name, kind)
-
+    known: dict[tuple[str, str], str | None] = {}
+    if before:
+        known = {(part, before[part]["model"]): before[part]["revision"] for part in ("edge", "cloud")}
+        known |= {("data", one["path"]): one["revision"] for one in before["data"]["sources"]}
     pins: dict[str, Any] = {}
     models = {"edge": settings.edge} | ({"cloud": settings.cloud} if settings.cloud.engine != "openai" else {})
     for part, model in models.items():
         if not model.revision and not is_local(model.model):
-            same = old[part] if old[part].get("model") == model.model else {}
-            pins[f"{part}.revision"] = newest(model.model, "model", same)
+            pins[f"{part}.revision"] = known.get((part, model.model)) or commit(model.model, "model")
     sources = [source.model_dump() for source in settings.data.sources]
     for source in sources:
         if not source["revision"] and not is_local(source["path"]):
-            same = next((one for one in old["data"].get("sources", []) if one["path"] == source["path"]), {})
-            source["revision"] = newest(source["path"], "dataset", same)
-    if sources != [source.model_dump() for source in settings.data.sources]:
-        pins["data.sources"] = sources
+            pins["data.sources"] = sources
+            source["revision"] = known.get(("data", source["path"])) or commit(source["path"], "dataset")
     return pins
+
+
+def push(folder: Path, repository: str, ask: Callable[[str], str] = input) -> bool:
+    """Shows what would be uploaded, and does it if the answer is yes; a new repository is private. Raises HubError."""
+    if not token():
+        raise HubError("set the environment variable HF_TOKEN to a token that may write")
+    files = sorted(file for file in folder.glob("*") if file.is_file())
+    if not any(file.suffix == ".safetensors" for file in files):
+        raise HubError(f"{folder}: no checkpoint; expected a folder with .safetensors")
+    size = sum(file.stat().st_size for file in files) / 2**20
+    print("\n".join(f"  {file.name}" for file in files))
+    if ask(f"Upload these {len(files)} files, {size:.1f} MiB, to huggingface.co/{repository}? [yes/no] ") != "yes":
+        print("nothing was uploaded")
+        return False
+    api = HfApi(token=token())
+    with explained(repository, "model"):
+        api.create_repo(repository, private=True, exist_ok=True)
+        print(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="FogGen checkpoint"))
+    return True
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(prog="python -m foggen.hub", description="Uploads a checkpoint, after asking.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("repository", help="name/repository")
+    given = parser.parse_args(argv)
+    try:
+        push(given.folder, given.repository)
+    except HubError as error:
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()
