@@ -124,13 +124,14 @@ def works(s: Settings, prompt: float) -> Iterator[Work]:
     yield Work("open-ended: cloud", 1, 3 * each, 0, 3 * each * PASSAGE, words, cloud=True)
 
 
-def matmul_speed(seconds: float = 0.2) -> tuple[float, str]:
-    """FLOP/s of a square matrix product, and where: the GPU in bfloat16, else the CPU in float32."""
+def matmul_speed(dtype: str | None = None, seconds: float = 0.2) -> tuple[float, str]:
+    """FLOP/s of a square matrix product, and where: the GPU, by default in bfloat16, else the CPU, in float32."""
     import torch
 
     gpu = torch.cuda.is_available()
-    size, dtype = (8192, torch.bfloat16) if gpu else (1024, torch.float32)
-    matrix = torch.randn(size, size, device="cuda" if gpu else "cpu").to(dtype)
+    size = 8192 if gpu else 1024
+    dtype = dtype or ("bfloat16" if gpu else "float32")
+    matrix = torch.randn(size, size, device="cuda" if gpu else "cpu", dtype=getattr(torch, dtype))
     best, until = 0.0, time.perf_counter() + seconds
     while best == 0.0 or time.perf_counter() < until:
         start = time.perf_counter()
