@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import functools
-import operator
 import os
 import re
 import shutil
@@ -195,9 +193,11 @@ def show_plan(plan: Plan) -> None:
         console.print(f"{notebook.stem:<20} {plan.state(notebook)}", markup=False)
     for part in estimate.tables(plan.settings):
         console.print(part, markup=False)
-    values = plan.settings.model_dump(mode="json")
+    settings = plan.settings.model_dump(mode="json")
     for name, form in parameter_names().items():
-        value = functools.reduce(operator.getitem, name.split("."), values)
+        value: Any = settings
+        for part in name.split("."):
+            value = value[part]
         console.print(f"  {name} = {value}  ({form})", markup=False)
 
 

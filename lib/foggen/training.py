@@ -117,20 +117,19 @@ def sft(job: Job) -> dict[str, Any]:
         started = time.perf_counter()
         result = trainer.train()
         seconds = time.perf_counter() - started
-    record = {
-        "rows": len(kept),
-        "too_long": len(encoded) - len(kept),
-        "tokens": sum(len(row["input_ids"]) for row in kept),
-        "steps": result.global_step,
-        "loss": round(result.training_loss, 4),
-        "dtype": str(dtype),
-        "seed": job.seed,
-    }
-    if trainer.accelerator.is_main_process:
-        with no_bars():
+        record = {
+            "rows": len(kept),
+            "too_long": len(encoded) - len(kept),
+            "tokens": sum(len(row["input_ids"]) for row in kept),
+            "steps": result.global_step,
+            "loss": round(result.training_loss, 4),
+            "dtype": str(dtype),
+            "seed": job.seed,
+        }
+        if trainer.accelerator.is_main_process:
             save(trainer.model, job, record)
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory()
-        write_json(job.out.with_name("timing.json"), {"seconds": seconds, "peak": peak})  # no part of the record
+            peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory()
+            write_json(job.out.with_name("timing.json"), {"seconds": seconds, "peak": peak})  # no part of the record
     return record
 
 
