@@ -124,7 +124,7 @@ def unsure_model(folder: Path) -> Path:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(120):
         ids = torch.tensor([rows[step % 4]["input_ids"]])
-        labels = ids.masked_fill(torch.tensor([rows[step % 4]["completion_mask"]]) == 0, -100)
+        labels = torch.tensor([rows[step % 4]["labels"]])
         model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -39,7 +39,8 @@ def test_training_and_inference_see_the_same_ids(tokenizer):
     row = encode_row(tokenizer, ROWS[0]["messages"], ROWS[0]["target"])
     prompt = encode_chat(tokenizer, ROWS[0]["messages"])
     assert row["input_ids"][: len(prompt)] == prompt
-    learned = [token for token, on in zip(row["input_ids"], row["completion_mask"], strict=True) if on]
+    learned = [token for token in row["labels"] if token != -100]
+    assert row["labels"] == [-100] * len(prompt) + learned
     assert learned == [*plain_ids(tokenizer, ROWS[0]["target"]), tokenizer.eos_token_id]
     assert turn_end_id(tokenizer) == tokenizer.eos_token_id != tokenizer.pad_token_id
 
@@ -67,8 +68,7 @@ def test_trainer_takes_the_ids_as_they_are_and_learns_the_completion_only(
     expected = {}
     for row in ROWS:
         coded = encode_row(tokenizer, row["messages"], row["target"])
-        pairs = zip(coded["input_ids"], coded["completion_mask"], strict=True)
-        expected[tuple(coded["input_ids"])] = [token if on else -100 for token, on in pairs]
+        expected[tuple(coded["input_ids"])] = coded["labels"]
     found = {}
     for batch in batches(tiny_model, small, monkeypatch, tmp_path / "out"):
         for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):

@@ -240,19 +240,18 @@ class Lessons:
         encoded = []
         for row in rows:
             ids: list[int] = []
-            mask: list[int] = []
+            learnt: list[int] = []
             for shown, answer, after in row:
-                for text, learn in ((shown, 0), (f" {answer}", 1), (after, 0)):
+                for text, learn in ((shown, False), (f" {answer}", True), (after, False)):
                     tokens = prompts.plain_ids(self.tokenizer, text)
                     ids += tokens
-                    mask += [learn] * len(tokens)
-            encoded.append({"input_ids": ids, "completion_mask": mask})
+                    learnt += tokens if learn else [-100] * len(tokens)
+            encoded.append({"input_ids": ids, "labels": learnt})
         return self._padded(encoded)
 
     def _padded(self, encoded: Sequence[Mapping[str, list[int]]]) -> Batch:
         ids = [torch.tensor(row["input_ids"]) for row in encoded]
-        masks = [torch.tensor(row["completion_mask"]).bool() for row in encoded]
-        labels = [torch.where(mask, row, -100) for row, mask in zip(ids, masks, strict=True)]
+        labels = [torch.tensor(row["labels"]) for row in encoded]
         pad = float(self.tokenizer.pad_token_id)
         return Batch(pad_sequence(ids, True, pad), pad_sequence(labels, True, -100))
 

@@ -52,13 +52,13 @@ def limit_threads(settings: Settings) -> None:
 
 
 def encode_row(tokenizer: PreTrainedTokenizerBase, messages: Messages, target: str) -> dict[str, list[int]]:
-    """Token ids of a training row, and the mask of those to learn: the target and the end of the turn.
+    """Token ids of a training row, and as labels those to learn (the others -100): the target and the turn's end.
 
     The prompt has the very ids that an engine reads, so training and inference cannot drift apart.
     """
     prompt = encode_chat(tokenizer, messages)
     completion = [*plain_ids(tokenizer, target), turn_end_id(tokenizer)]
-    return {"input_ids": prompt + completion, "completion_mask": [0] * len(prompt) + [1] * len(completion)}
+    return {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion}
 
 
 def load_tokenizer(model: Path, template: Path | None = None) -> PreTrainedTokenizerBase:
@@ -100,9 +100,6 @@ def sft(job: Job) -> dict[str, Any]:
     kept = [row for row in encoded if len(row["input_ids"]) <= chosen.max_length]
     if not kept:
         raise ValueError(f"all {len(job.rows)} training rows are longer than sft.max_length={chosen.max_length}")
-    for row in kept:
-        learnt = zip(row["input_ids"], row.pop("completion_mask"), strict=True)
-        row["labels"] = [token if on else -100 for token, on in learnt]
     dtype = pick_dtype(job.settings.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     with no_bars(), tempfile.TemporaryDirectory() as scratch:
         trainer = SFTTrainer(
