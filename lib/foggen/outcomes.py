@@ -18,7 +18,7 @@ from foggen import automix, confidence, engines, open_ended, prompts, rounds
 from foggen.config import Settings, derive_seed
 from foggen.engines import Engine, make_engine
 from foggen.prompts import VERIFY_DECISION, verify_messages
-from foggen.rounds import MODEL, Loan, model_folder
+from foggen.rounds import MODEL, Loan, fingerprint, model_folder
 from foggen.store import Store, digest, read_json, read_jsonl, write_jsonl
 
 PARTS = ("scores", "votes", "verification")
@@ -75,9 +75,8 @@ class _Examiner:
                 if not model:
                     engine.close()
 
-        asked = digest([question.model_dump(mode="json") for question in self.questions])
         used = self.settings.only("prompt_variant", *keys, *(MODEL if model else ("cloud", "dtype")))
-        keyed = {**used, "questions": asked, **more}
+        keyed = {**used, "questions": fingerprint(self.questions), **more}
         folder = self.store.stage(f"{self.name}-{part}", keyed, local, compute, [prompts, engines, *code])
         table = pd.DataFrame(read_jsonl(folder / "rows.jsonl"))
         table.attrs["seconds"] = float(read_json(folder / "stage.json")["seconds"])
