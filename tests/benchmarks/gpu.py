@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
@@ -29,7 +29,6 @@ from foggen.estimate import matmul_speed
 from foggen.prompts import encode_chat, mcq_messages, target_text
 from foggen.questions import Question
 from foggen.rounds import edge_engine, run_chain
-from foggen.shapes import LETTERS
 from foggen.store import ROOT, Store, peak_memory, read_json, write_json
 from foggen.training import Job, train
 
@@ -54,52 +53,42 @@ GOALS = {  # what is published, and the goal in seconds on one H200
     "evaluation, AutoMix's 9 passes": ("", 50),
     "chain R0 to R14": ("SFT alone 11.4 min on 4 H100", 300),
 }
+Results = dict[str, dict[str, Any]]  # of each step: rows, seconds, peak_mib and what else is known
 
 
-def make_model(folder: Path, sizes: dict[str, Any], dtype: torch.dtype) -> Path:
-    """A Qwen3 of random weights with the pocket tokenizer."""
+def make_model(folder: Path, sizes: dict[str, Any]) -> int:
+    """Saves a Qwen3 of random weights with the pocket tokenizer; returns the number of its weights."""
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = Qwen3Config(**sizes, **ends, tie_word_embeddings=True, max_position_embeddings=4096)
     torch.manual_seed(0)
-    config = Qwen3Config(
-        **sizes,
-        tie_word_embeddings=True,
-        max_position_embeddings=4096,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype=dtype,
-    )
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen3ForCausalLM(config)
-    cast(Any, model).to(dtype)
-    model.save_pretrained(folder)
+        model: Any = Qwen3ForCausalLM(config)
+    model.to(torch.bfloat16 if torch.cuda.is_available() else torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder
+    return int(model.num_parameters())
 
 
 def make_questions(n: int, domains: Sequence[str], seed: int = 0) -> list[Question]:
     """Questions of random words whose prompts have PROMPTS tokens, more short ones than long."""
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     dice = random.Random(seed)
-    letters = [token for token in tokenizer.get_vocab() if len(token) == 2 and token[0] == "Ġ"] or [" a"]
-
-    def one(index: int) -> Question:
-        low, high = PROMPTS
+    words = [f" {token[1]}" for token in tokenizer.get_vocab() if len(token) == 2 and token[0] == "Ġ"]
+    low, high = PROMPTS
+    questions = []
+    for index in range(n):
+        options = tuple(f"{index} {letter}" for letter in "ABCD")
+        domain = domains[index % len(domains)]
+        bare = Question(id=f"q{index}", domain=domain, question=f"{index}", options=options, answer="A")
         wanted = low + int((high - low) * dice.betavariate(1, 2.8))
-        known: dict[str, Any] = {
-            "id": f"q{index}",
-            "domain": domains[index % len(domains)],
-            "options": tuple(f"{index} {letter}" for letter in LETTERS[:4]),
-            "answer": "A",
-        }
-        head = len(encode_chat(tokenizer, mcq_messages(Question(question=f"{index}", **known))))
-        words = "".join(dice.choice(letters).replace("Ġ", " ") for _ in range(max(0, wanted - head)))
-        return Question(question=f"{index}{words}", **known)
-
-    return [one(index) for index in range(n)]
+        more = max(0, wanted - len(encode_chat(tokenizer, mcq_messages(bare))))
+        text = f"{index}{''.join(dice.choices(words, k=more))}"
+        questions.append(bare.model_copy(update={"question": text}))
+    return questions
 
 
 @contextmanager
-def timed(results: dict[str, dict[str, Any]], name: str, **facts: Any) -> Iterator[dict[str, Any]]:
+def timed(results: Results, name: str, **facts: Any) -> Iterator[dict[str, Any]]:
     """Times a block, with the peak memory of GPU (this process's) or process, in MiB."""
     gpu = torch.cuda.is_available()
     if gpu:
@@ -114,63 +103,71 @@ def timed(results: dict[str, dict[str, Any]], name: str, **facts: Any) -> Iterat
     row["peak_mib"] = (torch.cuda.max_memory_allocated() if gpu else peak_memory()) / 2**20
 
 
-def generate(engine: Engine, asked: Sequence[Question], n: int = 1) -> None:
-    """A greedy answer or n samples for each question."""
-    sampling = Sampling(n=n, temperature=0.7 if n > 1 else 0.0, max_tokens=ANSWER)
-    engine.generate([mcq_messages(question) for question in asked], sampling)
-
-
-def measure(settings: Settings, folder: Path, sizes: dict[str, Any], share: float, chain: bool) -> dict[str, Any]:
-    """All steps of `settings`, at a `share` of their rows. Returns the JSON file's content."""
-    gpu = torch.cuda.is_available()
-    dtype = torch.bfloat16 if gpu else torch.float32
-    settings = override(settings, {"edge.model": str(make_model(folder / "model", sizes, dtype))})
-    model = folder / "model"
-
-    def count(rows: int) -> int:
-        return max(8, round(rows * share))
-
-    questions = make_questions(count(16_200), settings.domains)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    rows: list[dict[str, Any]] = [
-        {"messages": mcq_messages(one), "target": target_text(0.5, "A")} for one in questions[: count(1800)]
-    ]
-    results: dict[str, dict[str, Any]] = {}
-    weights = sum(weight.numel() for weight in Qwen3ForCausalLM.from_pretrained(model).parameters())
-    speed, device = matmul_speed()
-
+def time_training(settings: Settings, questions: Sequence[Question], work: Path, flops: float) -> Results:
+    """A round's fine-tuning, padded and packed; its utilisation, where a token costs `flops` of a matrix product."""
+    rows = [{"messages": mcq_messages(one), "target": target_text(0.5, "A")} for one in questions]
+    results: Results = {}
     for name, packing in (("SFT round", False), ("SFT round, packed", True)):
+        chosen = override(settings, {"sft.packing": packing})
         with timed(results, name, rows=len(rows)) as row:
-            chosen = override(settings, {"sft.packing": packing})
-            record = train(Job(model=model, rows=rows, settings=chosen, out=folder / name / "model", seed=0))
-        timing = read_json(folder / name / "timing.json")
+            job = Job(model=Path(settings.edge.model), rows=rows, settings=chosen, out=work / name / "model", seed=0)
+            record = train(job)
+        timing = read_json(work / name / "timing.json")
         tokens, seconds = record["tokens"] * settings.sft.epochs, timing["seconds"]
         row |= {"tokens": tokens, "loss": record["loss"], "tokens_a_second": tokens / seconds}
-        # 6 operations a weight and token, as for full training, which is customary; LoRA needs fewer.
-        row |= {"training_seconds": seconds, "mfu": 6 * weights * tokens / seconds / speed}
-        row["peak_mib"] = timing["peak"] / 2**20
+        row |= {"training_seconds": seconds, "mfu": flops * tokens / seconds, "peak_mib": timing["peak"] / 2**20}
+    return results
 
-    engine = edge_engine(settings)(model)
-    generate(engine, questions[:8], settings.samples)  # a warm-up
-    for name, asked in (("labels of a round", 300), ("labels of a relabelled buffer", 1800)):
-        with timed(results, name, rows=count(asked)):
-            generate(engine, questions[: count(asked)], settings.samples)
+
+def time_engine(settings: Settings, questions: Sequence[Question], share: float, tuned: Path) -> Results:
+    """Labels by sampling, new weights, and the evaluation in one pass and with AutoMix."""
+
+    def ask(engine: Engine, asked: Sequence[Question], n: int = 1) -> None:
+        sampling = Sampling(n=n, temperature=0.7 if n > 1 else 0.0, max_tokens=ANSWER)
+        engine.generate([mcq_messages(question) for question in asked], sampling)
+
+    engine = edge_engine(settings)(Path(settings.edge.model))
+    ask(engine, questions[:8], settings.samples)  # a warm-up
+    results: Results = {}
+    for name, rows in (("labels of a round", 300), ("labels of a relabelled buffer", 1800)):
+        asked = questions[: count(rows, share)]
+        with timed(results, name, rows=len(asked)):
+            ask(engine, asked, settings.samples)
     with timed(results, "reload of new weights"):
-        engine.reload(folder / "SFT round" / "model")
-    with timed(results, "evaluation, one pass", rows=len(questions)) as row:
-        generate(engine, questions)
-    answer_time = row["seconds"]
+        engine.reload(tuned)
+    with timed(results, "evaluation, one pass", rows=len(questions)) as answering:
+        ask(engine, questions)
     with timed(results, "evaluation, AutoMix's 9 passes", rows=len(questions)) as row:
         automix.verify(engine, questions, ["A"] * len(questions), settings.automix.k, max_tokens=30)
-    row |= {"seconds": row["seconds"] + answer_time, "times_one_pass": 1 + row["seconds"] / answer_time}
+    row["seconds"] += answering["seconds"]
+    row["times_one_pass"] = row["seconds"] / answering["seconds"]
     engine.close()
+    return results
 
+
+def count(rows: int, share: float) -> int:
+    """A share of rows, and a few at least."""
+    return max(8, round(rows * share))
+
+
+def measure(settings: Settings, work: Path, sizes: dict[str, Any], share: float, chain: bool) -> dict[str, Any]:
+    """All steps of `settings`, at a `share` of their rows. Returns the JSON file's content."""
+    weights = make_model(work / "model", sizes)
+    settings = override(settings, {"edge.model": str(work / "model")})
+    questions = make_questions(count(16_200, share), settings.domains)
+    taught = questions[: count(1800, share)]
+    speed, device = matmul_speed()
+    # 6 operations a weight and token, as for full training, which is customary; LoRA needs fewer.
+    results = time_training(settings, taught, work, 6 * weights / speed)
+    results |= time_engine(settings, questions, share, work / "SFT round" / "model")
     if chain:
-        small = {name: count(getattr(settings, name)) for name in ("calibration_rows", "new_rows", "replay_rows")}
-        small |= {"dev_questions": count(700), "max_new_tokens": ANSWER}
+        names = ("calibration_rows", "new_rows", "replay_rows")
+        small = {name: count(getattr(settings, name), share) for name in names}
+        small |= {"dev_questions": count(700, share), "max_new_tokens": ANSWER}
         with timed(results, "chain R0 to R14", rounds=settings.rounds):
-            run_chain(override(settings, small), Store(folder / "run"), questions, questions[-count(1400) :])
-    lengths = [len(encode_chat(tokenizer, row["messages"])) for row in rows]
+            run_chain(override(settings, small), Store(work / "run"), questions, questions[-count(1400, share) :])
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    lengths = [len(encode_chat(tokenizer, mcq_messages(one))) for one in taught]
     return {
         "device": device,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -185,19 +182,19 @@ def measure(settings: Settings, folder: Path, sizes: dict[str, Any], share: floa
     }
 
 
-def table(found: dict[str, Any]) -> str:
+def table(results: Results) -> str:
     """The measurements as a Markdown table, beside what is published and the goal for one H200."""
     lines = ["| step | rows | seconds | more | published | goal on one H200 |", "|---|---|---|---|---|---|"]
-    for name, row in found["results"].items():
+    for name, row in results.items():
         published, goal = GOALS[name]
-        more = []
+        more = f"{row['peak_mib'] / 1024:.1f} GiB"
         if "mfu" in row:
-            speed = f"{row['tokens_a_second']:,.0f} tokens/s, MFU {row['mfu']:.0%}"
-            more = [f"{speed}, training alone {row['training_seconds']:.1f} s"]
-        more += [f"{row['times_one_pass']:.1f} times one pass"] if "times_one_pass" in row else []
-        more += [f"{row['peak_mib'] / 1024:.1f} GiB"]
+            more += f"; {row['tokens_a_second']:,.0f} tokens/s, MFU {row['mfu']:.0%}"
+            more += f", training alone {row['training_seconds']:.1f} s"
+        if "times_one_pass" in row:
+            more += f"; {row['times_one_pass']:.1f} times one pass"
         size = f"{row['rows']:,}" if "rows" in row else ""
-        lines.append(f"| {name} | {size} | {row['seconds']:.1f} | {'; '.join(more)} | {published} | {goal} s |")
+        lines.append(f"| {name} | {size} | {row['seconds']:.1f} | {more} | {published} | {goal} s |")
     return "\n".join(lines)
 
 
@@ -215,15 +212,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     changes |= {"dtype": "auto"} if not torch.cuda.is_available() else {}
     changes |= {"engine_options": {}} if engine == "transformers" else {}
     changes |= {"rounds": 1, "samples": 2, "automix.k": 2} if given.toy else {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as work:
         sizes, share = (TOY, 0.002) if given.toy else (SIZES, 1.0)
-        found = measure(load_profile("paper", changes), Path(folder), sizes, share, not given.no_chain)
+        found = measure(load_profile("paper", changes), Path(work), sizes, share, not given.no_chain)
     name = "toy" if given.toy else found["device"].split(",")[0].replace(" ", "-").lower()
-    file = write_json(given.out / f"{name}-{found['engine']}.json", found)
+    file = write_json(given.out / f"{name}-{engine}.json", found)
     speed = f"{found['matmul_tflops']:.1f} TFLOP/s in a matrix product"
-    print(f"{found['device']}, {speed}, {found['parameters']:,} parameters")
-    print(table(found))
-    print(file)
+    print(f"{found['device']}, {speed}, {found['parameters']:,} parameters\n{table(found['results'])}\n{file}")
 
 
 if __name__ == "__main__":
