@@ -1,8 +1,7 @@
 """Profiles: every parameter of the recipe, named once, validated on load.
 
 A profile is one YAML file that sets all of them, or names another as its `base` and sets what differs. A run may
-override single values by name. Knows nothing of what
-the parameters do.
+override single values by name. Knows nothing of what the parameters do.
 """
 
 from __future__ import annotations
@@ -91,8 +90,7 @@ class Source(Part):
     split: str | None = None
     revision: str | None = None
     use: Literal["train", "dev", "test", "divide"] | None = Field(
-        None,
-        description="null: the data set's own splits where it has a test split, else divided by questions",
+        None, description="null: the data set's own splits where it has a test split, else divided by questions"
     )
     domain: str | None = Field(None, description="of all rows; null: each row names its own")
     columns: Columns = Columns()
@@ -199,10 +197,10 @@ def parameter_names(part: type[BaseModel] = Settings, prefix: str = "") -> dict[
 def _form(part: type[BaseModel], key: str) -> str:
     """The expected form of one field, as the schema says it: type, choices, bounds."""
     schema = part.model_json_schema()["properties"][key]
+    bounds = {"exclusiveMinimum": ">", "minimum": ">=", "maximum": "<="}
     forms = []
     for one in schema.get("anyOf", [schema]):
-        text = " or ".join(map(str, one["enum"])) if "enum" in one else str(one.get("type", "mapping"))
-        bounds = {"exclusiveMinimum": ">", "minimum": ">=", "maximum": "<="}
+        text = " or ".join(one.get("enum", [one.get("type", "mapping")]))
         forms.append(" ".join([text, *(f"{sign} {one[bound]}" for bound, sign in bounds.items() if bound in one)]))
     return " or ".join(forms)
 
@@ -218,17 +216,25 @@ def _dotted(name: str) -> str:
     raise SettingsError(f"{name!r} {trouble}. The parameters are:\n{listed}")
 
 
-def _explain(error: ValidationError, origin: str) -> SettingsError:
-    """One line a problem: the parameter, its value and the form it should have."""
-    names = parameter_names()
-    lines = []
-    for problem in error.errors():
-        path = ".".join(part for part in problem["loc"] if isinstance(part, str))
-        known = next((name for name in names if path == name or path.startswith(f"{name}.")), None)
-        form = f"; expected: {names[known]}" if known else ""
-        value = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
-        lines.append(f"  {path}: {problem['msg']}{value}{form}")
-    return SettingsError(f"{origin}: {len(lines)} setting(s) cannot be used\n" + "\n".join(lines))
+def _validated(values: Mapping[str, Any], origin: str) -> Settings:
+    """Settings of all their values, or one line a problem: the parameter, its value and the form it should have."""
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            path = ".".join(part for part in problem["loc"] if isinstance(part, str))
+            forms = [form for name, form in parameter_names().items() if f"{path}.".startswith(f"{name}.")]
+            value = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
+            lines.append(f"  {path}: {problem['msg']}{value}" + "".join(f"; expected: {form}" for form in forms))
+        raise SettingsError(f"{origin}: {len(lines)} setting(s) cannot be used\n" + "\n".join(lines)) from None
+
+
+def _yaml(text: str, origin: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{origin} is not valid YAML: {error}") from None
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -236,36 +242,28 @@ def parse_override(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise SettingsError(f"{text!r} is no override: write name=value, for example -p rounds=7")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
-        return name, value
-    return name, parsed if parsed is None or isinstance(parsed, list | dict) else value
+    is_yaml = value in ("", "null") or value.startswith(("[", "{"))
+    return name, _yaml(value, repr(text)) if is_yaml else value
 
 
-def _read(profile: str | Path) -> tuple[dict[str, Any], Path]:
-    """The values in a profile's file, and the file."""
+def _read(profile: str | Path) -> dict[str, Any]:
+    """The values in a profile's file."""
     path = Path(profile) if str(profile).endswith((".yaml", ".yml")) else PROFILES / f"{profile}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in PROFILES.glob("*.yaml")))
         raise SettingsError(f"no profile {str(profile)!r}: known are {known}, or give the path of a YAML file")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{path.name} is not valid YAML: {error}") from None
+    values = _yaml(path.read_text(encoding="utf-8"), path.name)
     if not isinstance(values, dict):
         raise SettingsError(f"{path.name}: expected: parameters by name, got {values!r}")
-    return values, path
+    return values
 
 
 def _merged(whole: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """`whole` with some values changed; groups are merged, while lists and an engine's options are replaced."""
     merged = dict(whole)
     for name, value in changes.items():
-        old = merged.get(name)
-        if isinstance(old, dict) and isinstance(value, dict) and not name.endswith("options"):
-            value = _merged(old, value)
-        merged[name] = value
+        group = isinstance(merged.get(name), dict) and isinstance(value, dict) and not name.endswith("options")
+        merged[name] = _merged(merged[name], value) if group else value
     return merged
 
 
@@ -274,18 +272,13 @@ def load_profile(profile: str | Path, overrides: Mapping[str, object] | None = N
 
     Raises SettingsError, naming the file or override, the parameter and the expected form.
     """
-    values, path = _read(profile)
-    base = values.pop("base", None)
-    if base is not None:
-        whole, _ = _read(str(base))
+    values, origin = _read(profile), Path(profile).name
+    if base := values.pop("base", None):
+        whole = _read(base)
         if "base" in whole:
-            raise SettingsError(f"{path.name}: its base {base} has a base itself; expected: a whole profile")
-        values = _merged(whole, dict(values))
-    try:
-        settings = Settings.model_validate(values)
-    except ValidationError as error:
-        raise _explain(error, path.name) from None
-    return override(settings, overrides) if overrides else settings
+            raise SettingsError(f"{origin}: its base {base} has a base itself; expected: a whole profile")
+        values = _merged(whole, values)
+    return override(_validated(values, origin), overrides or {})
 
 
 def override(settings: Settings, overrides: Mapping[str, object]) -> Settings:
@@ -297,10 +290,7 @@ def override(settings: Settings, overrides: Mapping[str, object]) -> Settings:
         for parent in parents:
             group = group[parent]
         group[leaf] = value
-    try:
-        return Settings.model_validate(values)
-    except ValidationError as error:
-        raise _explain(error, "overrides") from None
+    return _validated(values, "overrides")
 
 
 def derive_seed(seed: int, *names: object) -> int:
