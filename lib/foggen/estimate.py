@@ -6,7 +6,6 @@ Estimates, from counted rows and a matrix product timed here. Loads no weights a
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,17 +18,9 @@ from foggen.prompts import encode_chat, mcq_messages
 from foggen.store import ROOT
 
 # Assumptions, shown with every estimate.
-PROMPT, ANSWER, PASSAGE = (
-    150,
-    12,
-    250,
-)  # tokens; the first is counted where tokenizer and questions are at hand
+PROMPT, ANSWER, PASSAGE = 150, 12, 250  # tokens; the first is counted where tokenizer and questions are at hand
 HUB_TEST = 16_200  # test questions of data that are not here yet: as many as the published evaluation had
-TRAIN, READ, WRITE = (
-    6 / 0.3,
-    2 / 0.3,
-    2 / 0.02,
-)  # operations a parameter and token / share of the speed reached
+TRAIN, READ, WRITE = 6 / 0.3, 2 / 0.3, 2 / 0.02  # operations a parameter and token / share of the speed reached
 
 
 class Model(NamedTuple):
@@ -63,21 +54,19 @@ def _folder(name: str, revision: str | None) -> Path | None:
 
 def model_size(name: str, revision: str | None = None) -> Model | None:
     """From the configuration where it is here or cached (counted without weights), else from the model's name."""
+    named = [float(n) * (1e9 if unit in "Bb" else 1e6) for n, unit in re.findall(r"(\d+(?:\.\d+)?)([BbMm])\b", name)]
     folder = _folder(name, revision)
-    sizes = [
-        float(number) * (1e9 if unit in "Bb" else 1e6)
-        for number, unit in re.findall(r"(\d+(?:\.\d+)?)([BbMm])\b", name)
-    ]
     if folder and (folder / "config.json").exists():
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
-            count = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
-        return Model(count, sizes[-1] if len(sizes) > 1 else count, config.get_text_config())
-    sizes = sizes or ([0.6e9] if name.startswith("issai/foggen") else [])  # released from Qwen3-0.6B
-    return Model(sizes[0], sizes[-1], None) if sizes else None
+            count = AutoModelForCausalLM.from_config(config).num_parameters()
+        return Model(count, named[-1] if len(named) > 1 else count, config.get_text_config())
+    if not named and name.startswith("issai/foggen"):
+        named = [0.6e9]  # released from Qwen3-0.6B
+    return Model(named[0], named[-1], None) if named else None
 
 
 def prompt_tokens(settings: Settings) -> float:
@@ -124,22 +113,16 @@ def works(s: Settings, prompt: float) -> Iterator[Work]:
     yield Work("open-ended: cloud", 1, 3 * each, 0, 3 * each * PASSAGE, words, cloud=True)
 
 
-def matmul_speed(dtype: str | None = None, seconds: float = 0.2) -> tuple[float, str]:
+def matmul_speed(dtype: str | None = None) -> tuple[float, str]:
     """FLOP/s of a square matrix product, and where: the GPU, by default in bfloat16, else the CPU, in float32."""
     import torch
+    from torch.utils.benchmark import Timer
 
-    gpu = torch.cuda.is_available()
-    size = 8192 if gpu else 1024
-    dtype = dtype or ("bfloat16" if gpu else "float32")
-    matrix = torch.randn(size, size, device="cuda" if gpu else "cpu", dtype=getattr(torch, dtype))
-    best, until = 0.0, time.perf_counter() + seconds
-    while best == 0.0 or time.perf_counter() < until:
-        start = time.perf_counter()
-        matrix @ matrix
-        if gpu:
-            torch.cuda.synchronize()
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
-    return best, torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+    gpu, threads = torch.cuda.is_available(), torch.get_num_threads()
+    size, kind = (8192, dtype or "bfloat16") if gpu else (1024, dtype or "float32")
+    matrix = torch.randn(size, size, device="cuda" if gpu else "cpu", dtype=getattr(torch, kind))
+    timed = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=threads).blocked_autorange()
+    return 2 * size**3 / min(timed.times), torch.cuda.get_device_name() if gpu else f"CPU, {threads} threads"
 
 
 def training_memory(s: Settings, model: Model, row: float) -> float:
@@ -160,22 +143,22 @@ def where(settings: Settings) -> Iterator[str]:
     from foggen.open_ended import HUB
 
     edge, cloud, install = settings.edge, settings.cloud, settings.edge.format_install
-    models: list[tuple[str | None, str | None]] = [
-        (edge.model, edge.revision),
-        (settings.open_ended.r15_model, None),
-    ]
-    models += [(install.labels_from, install.revision)] if install else []
-    models += [(cloud.model, cloud.revision)] if cloud.engine != "openai" else []
-    for name, revision in models:
-        if name:
-            size = model_size(name, revision)
-            weight = f", about {2 * size.total / 1e9:.1f} GB" if size else ""
-            yield f"{name}: {_place(name, 'model', revision, weight)}"
+    models = {edge.model: edge.revision}
+    models |= {settings.open_ended.r15_model: None} if settings.open_ended.r15_model else {}
+    models |= {install.labels_from: install.revision} if install else {}
+    models |= {cloud.model: cloud.revision} if cloud.engine != "openai" else {}
+    for name, revision in models.items():
+        size = model_size(name, revision)
+        weight = f", about {2 * size.total / 1e9:.1f} GB" if size else ""
+        yield f"{name}: {_place(name, 'model', revision, weight)}"
     if cloud.engine == "openai":
         yield f"{cloud.model}: asked at {cloud.base_url or 'the OpenAI API'}"
     for one in settings.data.sources:
-        label, place = "/".join(filter(None, (one.path, one.name))), _place(one.path, "dataset", one.revision)
-        yield f"{label}: {place}" + (f" (licence: {one.licence})" if one.licence else "")
+        label, licence = (
+            "/".join(filter(None, (one.path, one.name))),
+            f" (licence: {one.licence})" if one.licence else "",
+        )
+        yield f"{label}: {_place(one.path, 'dataset', one.revision)}{licence}"
     for task in HUB.values() if settings.data.open_ended == "hub" else ():
         yield f"{task.path}: {_place(task.path, 'dataset', task.revision)}"
 
