@@ -9,7 +9,7 @@ import re
 import string
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -208,10 +208,8 @@ def route_query(text: str, tau: float = 0.5, options: int = 26) -> Route:
 # From messages to token ids
 
 
-def encode_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = True
-) -> list[int]:
-    """Token ids of a chat in which contents are always plain text.
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+    """Token ids of a chat up to where the assistant speaks; contents are always plain text.
 
     A question may contain `<|im_end|>` or other chat markup. Rendering the template to one string and tokenising
     it would turn that text into control tokens. So the template is rendered around placeholders: its own text may
@@ -222,33 +220,30 @@ def encode_chat(
     prefix = last["content"] if last["role"] == "assistant" else ""
     chat = messages[:-1] if prefix else messages
     ids: list[int] = []
-    roles = tuple(message["role"] for message in chat)
-    for piece in _frame(tokenizer, roles, bool(prefix) or add_generation_prompt):
+    for piece in _frame(tokenizer, tuple(message["role"] for message in chat)):
         ids += plain_ids(tokenizer, chat[piece]["content"]) if isinstance(piece, int) else piece
     return ids + plain_ids(tokenizer, prefix)
 
 
 @lru_cache(maxsize=64)
-def _frame(
-    tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...], add_generation_prompt: bool
-) -> list[list[int] | int]:
+def _frame(tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...]) -> list[list[int] | int]:
     """A chat of these roles as the template's token ids, with a message's index where its content goes.
 
     Thousands of prompts share it, and rendering a template takes longer than tokenising a question.
     """
     marks = [f"\ue000{index}\ue001" for index in range(len(roles))]
     shells = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-    pieces = re.split("\ue000([0-9]+)\ue001", _rendered(tokenizer, shells, add_generation_prompt))
+    pieces = re.split("\ue000([0-9]+)\ue001", _rendered(tokenizer, shells))
     return [int(piece) if place % 2 else _control_ids(tokenizer, piece) for place, piece in enumerate(pieces) if piece]
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, shells: Messages, add_generation_prompt: bool) -> str:
+def _rendered(tokenizer: PreTrainedTokenizerBase, shells: Messages) -> str:
     """The template's text around placeholders. One without a system role gets it at the head of the first user turn."""
     from jinja2 import TemplateError
 
     trouble: Exception = ValueError("the model's chat template leaves out a message")
     try:
-        rendered = _applied(tokenizer, shells, add_generation_prompt)
+        rendered = _applied(tokenizer, shells, add_generation_prompt=True)
         if all(shell["content"] in rendered for shell in shells):
             return rendered
     except TemplateError as error:
@@ -257,15 +252,11 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, shells: Messages, add_generati
         raise trouble
     system, first, *rest = shells
     joined = {"role": first["role"], "content": f"{system['content']}\n\n{first['content']}"}
-    return _rendered(tokenizer, [joined, *rest], add_generation_prompt)
+    return _rendered(tokenizer, [joined, *rest])
 
 
-def _applied(tokenizer: PreTrainedTokenizerBase, chat: Messages, add_generation_prompt: bool = False) -> str:
-    return str(
-        tokenizer.apply_chat_template(
-            chat, tokenize=False, enable_thinking=False, add_generation_prompt=add_generation_prompt
-        )
-    )
+def _applied(tokenizer: PreTrainedTokenizerBase, chat: Messages, **options: Any) -> str:
+    return str(tokenizer.apply_chat_template(chat, tokenize=False, enable_thinking=False, **options))
 
 
 def _control_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

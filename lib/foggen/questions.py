@@ -11,6 +11,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -36,7 +37,7 @@ class Question(BaseModel):
     domain: str = Field(min_length=1, description=f"a nonempty text, such as {', '.join(DOMAINS)}")
     question: str = Field(min_length=1, description="a nonempty text")
     options: tuple[str, ...] = Field(
-        min_length=2, max_length=len(LETTERS), description="a list of 2 to 26 distinct nonempty texts"
+        min_length=2, max_length=26, description="a list of 2 to 26 distinct nonempty texts"
     )
     answer: str = Field(description="the letter of the right option")
     fact: str | None = None
@@ -264,13 +265,10 @@ def split_by_fact(questions: Sequence[Question], shares: Mapping[str, float], se
     for domain, group in sorted(by_domain(questions).items()):
         units = sorted({question.unit for question in group})
         random.Random(f"{seed}/{domain}").shuffle(units)
+        ends = [round(total * len(units)) for total in accumulate(shares.values())]
         part_of: dict[str, str] = {}
-        start, cumulated = 0, 0.0
-        for name, share in shares.items():
-            cumulated += share
-            end = round(cumulated * len(units))
+        for name, start, end in zip(shares, [0, *ends], ends, strict=False):
             part_of |= dict.fromkeys(units[start:end], name)
-            start = end
         for question in group:
             parts[part_of[question.unit]].append(question)
     return parts

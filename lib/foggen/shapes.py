@@ -11,6 +11,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -78,14 +79,9 @@ def recognise(rows: Sequence[Row], given: Columns) -> Columns:
 
     Raises ShapeError where question or answer cannot be told.
     """
-    names = list(dict.fromkeys(name for row in rows[:1000] for name in row))
-    nested = [
-        f"{name}.{inner}"
-        for name in names
-        if isinstance(first := next((row[name] for row in rows if row.get(name)), None), Mapping)
-        for inner in first
-    ]
-    known = {name.casefold(): name for name in [*nested, *names]}
+    cells = [cell for row in rows[:1000] for cell in row.items()]
+    nested = [f"{name}.{inner}" for name, value in cells if isinstance(value, Mapping) for inner in value]
+    known = {name.casefold(): name for name in [*nested, *(name for name, _ in cells)]}
     values = given.model_dump()
     for field, usual in NAMES.items():
         if values[field] is None:
@@ -117,9 +113,8 @@ def _untold(rows: Sequence[Row], values: Mapping[str, Any], trouble: str) -> Sha
     row = json.dumps(shown, ensure_ascii=False, default=str)
     head = [f"{trouble}.", f"  its columns: {kinds}", f"  one row: {row}"]
     lines = [f"      {field}: {values.get(field) or WANTED[field]}".replace("'", "") for field in WANTED]
-    return ShapeError(
-        "\n".join([*head, "  write into the profile, under this entry of data.sources:", "    columns:", *lines])
-    )
+    told = "  write into the profile, under this entry of data.sources:"
+    return ShapeError("\n".join([*head, told, "    columns:", *lines]))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -152,10 +147,8 @@ def asked(row: Row, columns: Columns) -> Asked:
 def _parsed(text: str) -> Any:
     """A list or mapping that was written as text, in JSON or Python."""
     for parse in (json.loads, ast.literal_eval):
-        try:
+        with suppress(ValueError, SyntaxError):
             return parse(text)
-        except (ValueError, SyntaxError):
-            continue
     return text
 
 
@@ -204,7 +197,7 @@ def places(answer: Any, options: Sequence[Any], labels: Sequence[str]) -> dict[A
     return found
 
 
-def reading(rows: Sequence[Row], columns: Columns, sample: int = 5000) -> AnswerIs:
+def reading(rows: Sequence[Row], columns: Columns) -> AnswerIs:
     """What the answer column holds: the one reading that explains most rows.
 
     Raises ShapeError where two explain as many and disagree, or none explains half of them.
@@ -212,7 +205,7 @@ def reading(rows: Sequence[Row], columns: Columns, sample: int = 5000) -> Answer
     if columns.answer_is:
         return columns.answer_is
     found = []
-    for row in rows[:sample]:
+    for row in rows[:5000]:
         _, options, labels = asked(row, columns)
         if isinstance(options, list):
             found.append(places(read(row, columns.answer), options, labels))
