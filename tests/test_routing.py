@@ -330,13 +330,14 @@ def test_baselines_at_matched_share() -> None:
     assert (table["p_holm"].dropna() >= table["p"].dropna()).all()
 
 
-def test_baselines_without_optional_columns_and_with_another_router() -> None:
+def test_baselines_without_optional_columns() -> None:
     outcomes = make_outcomes(50)
     table = routing.baselines_table(outcomes, resamples=20)
     assert set(table["method"]) == {"FogGen", "always 1.0", "random", "oracle", "cloud only", "local only"}
-    mine = {"mine": routing.Baseline(outcomes["confidence"].to_numpy(), 3, math.nan)}
-    row = routing.baselines_table(outcomes, resamples=20, routers=mine).query("method == 'mine'").iloc[-1]
-    assert row["difference"] == 0 and row["p"] == 1 and "extra_tokens: needs" in row["note"]
+    same = outcomes.assign(graded_confidence=outcomes["confidence"], votes="AAAA")  # and no sample_tokens
+    table = routing.baselines_table(same, resamples=20).set_index(["method", "domain"])
+    graded, voted = table.loc[("graded confidence", "mean")], table.loc[("self-consistency", "mean")]
+    assert graded["difference"] == 0 and graded["p"] == 1 and "extra_tokens: needs" in voted["note"]
 
 
 def test_votes() -> None:

@@ -30,13 +30,7 @@ if TYPE_CHECKING:
     from foggen.questions import Question
 
 Method = Literal[
-    "Threshold",
-    "DoubleThreshold",
-    "TripleThreshold",
-    "SelfConsistency",
-    "POMDPSimple",
-    "GreedyPOMDP",
-    "POMDP",
+    "Threshold", "DoubleThreshold", "TripleThreshold", "SelfConsistency", "POMDPSimple", "GreedyPOMDP", "POMDP"
 ]
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -45,12 +39,7 @@ _TOKENS = ("local_tokens", "verification_tokens")
 BINS = 8  # one bin a verification: v is a multiple of 1/8 when all eight can be read
 MAX_REWARD = 4999  # the POMDP's penalty for routing in vain is tried at every integer from 0 to here
 COST_RATIOS = (10.0, 50.0, 100.0)
-UNION: tuple[Method, ...] = (
-    "POMDPSimple",
-    "GreedyPOMDP",
-    "DoubleThreshold",
-    "Threshold",
-)  # the paper's POMDP
+UNION: tuple[Method, ...] = ("POMDPSimple", "GreedyPOMDP", "DoubleThreshold", "Threshold")  # the paper's POMDP
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -44,6 +45,7 @@ Correct = Annotated[Share, Words, Field(description="a number from 0 to 1")]
 Score = Annotated[Share | None, Words, Field(description="a number from 0 to 1, or empty")]
 Count = Annotated[float, Field(ge=0, description="a number of at least 0")]
 Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else value), Field(description="text")]
+Fact = Annotated[str | None, BeforeValidator(lambda value: value or None), Field(description="text")]
 
 
 class Outcome(BaseModel):
@@ -72,7 +74,7 @@ class Outcome(BaseModel):
     votes: str = Field(
         "", pattern="^[A-Z-]+$", description="one letter a sample, - for an unparsed one, such as AACA-AAB"
     )
-    fact: str | None = Field(None, description="text")  # questions about one fact are resampled together
+    fact: Fact = None  # questions about one fact are resampled together
     gold: Text = ""
     local_answer: Text = ""
     cloud_answer: Text = ""
@@ -88,15 +90,11 @@ class OutcomesError(ValueError):
     """An outcomes table that cannot be used; the message names file, row, column and the expected form."""
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
-    return pd.read_csv(path, dtype=str, keep_default_na=False)  # a domain called NA is a name
-
-
-def _read_jsonl(path: Path) -> pd.DataFrame:
-    return pd.DataFrame([json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()])
-
-
-READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": pd.read_parquet}
+READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
+    ".csv": partial(pd.read_csv, dtype=str, keep_default_na=False),  # a domain called NA is a name
+    ".jsonl": partial(pd.read_json, lines=True, dtype=False, convert_dates=False, precise_float=True),
+    ".parquet": pd.read_parquet,
+}
 
 
 def read_outcomes(path: Path | str) -> pd.DataFrame:
@@ -113,12 +111,12 @@ def read_outcomes(path: Path | str) -> pd.DataFrame:
 
 def check_outcomes(frame: pd.DataFrame, source: str = "outcomes") -> pd.DataFrame:
     """A checked copy with numeric columns as floats; all problems are reported together in one `OutcomesError`."""
+    frame = frame.reset_index(drop=True)
     missing = [name for name in REQUIRED if name not in frame]
     problems = [f"column `{name}` is missing; expected {', '.join(REQUIRED)}" for name in missing]
     if not missing and frame.empty:
         problems = ["no rows; expected one a question"]
     if not problems:
-        frame = frame.reset_index(drop=True)
         table, problems = _validated(frame)
     if problems:
         more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
@@ -128,22 +126,16 @@ def check_outcomes(frame: pd.DataFrame, source: str = "outcomes") -> pd.DataFram
 
 def _validated(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """The table as `Outcome` reads it, and what is wrong with it."""
-    values = frame.astype(object).where(frame.notna(), None)
-    if "fact" in values:
-        values["fact"] = values["fact"].replace("", None)
     try:
-        rows = ROWS.validate_python(values.to_dict("records"))
+        rows = ROWS.validate_python(frame.astype(object).where(frame.notna(), None).to_dict("records"))
     except ValidationError as error:
         places = [(int(one["loc"][0]), str(one["loc"][1])) for one in error.errors()]
-        return frame, [
-            f"row {row + 1}, column `{name}`: {frame[name][row]!r}; expected {Outcome.model_fields[name].description}"
-            for row, name in places
-        ]
+        forms = {name: field.description for name, field in Outcome.model_fields.items()}
+        return frame, [f"row {r + 1}, column `{c}`: {frame[c][r]!r}; expected {forms[c]}" for r, c in places]
     table = pd.DataFrame([row.model_dump(exclude_unset=True) for row in rows])[frame.columns]
     table = table.astype({name: float for name in NUMBERS if name in table})
     twice = table.duplicated([name for name in ("id", "seed") if name in table])
-    found = [f"row {r + 1}, column `id`: {table['id'][r]!r} is there twice" for r in np.flatnonzero(twice)]
-    return table, found
+    return table, [f"row {r + 1}, column `id`: {table['id'][r]!r} is there twice" for r in np.flatnonzero(twice)]
 
 
 # ---- SysAcc, random, lift
@@ -170,11 +162,7 @@ def _gap_recovered(sysacc: Array, raw: Array, cloud: Array) -> Array:
 
 
 def routing_table(
-    outcomes: pd.DataFrame,
-    tau: float = 0.5,
-    resamples: int = 10_000,
-    seed: int = 0,
-    score: str = "confidence",
+    outcomes: pd.DataFrame, tau: float = 0.5, resamples: int = 10_000, seed: int = 0, score: str = "confidence"
 ) -> pd.DataFrame:
     """One row a domain and one for the mean over domains: n, chance, gold_share and `METRICS` with 95% intervals.
 
@@ -218,7 +206,7 @@ def sweep_table(
 ) -> pd.DataFrame:
     """`routing_table` at every tau, stacked, with a leading column `tau`; `score="graded_confidence"` for E[c]."""
     parts = {tau: routing_table(outcomes, tau, resamples, seed, score) for tau in taus}
-    return pd.concat(parts, names=["tau"]).reset_index(level="tau").reset_index(drop=True)
+    return stats.stack(parts, "tau")
 
 
 def share_curve(
@@ -240,13 +228,11 @@ def share_curve(
 
     result = stats.bootstrap(outcomes.assign(_score=scores), statistic, METRICS * len(thresholds), resamples, seed)
     runs = np.concatenate([result.point[-1:], result.draws[-1]]).reshape(-1, len(thresholds), len(METRICS))
-    shares, at = np.linspace(0, 1, points), METRICS.index
-    table = pd.DataFrame({"share": shares, "n": outcomes["id"].nunique()})
-    for name in ("sysacc", "random", "oracle", "lift"):
-        lines = np.array([np.interp(shares, run[:, at("routed")], run[:, at(name)]) for run in runs])
-        low, high = np.quantile(lines[1:], [0.025, 0.975], axis=0)
-        table = table.assign(**{name: lines[0], f"{name}_low": low, f"{name}_high": high})
-    return table
+    shares, at, names = np.linspace(0, 1, points), METRICS.index, ["sysacc", "random", "oracle", "lift"]
+    lines = [[np.interp(shares, run[:, at("routed")], run[:, at(name)]) for name in names] for run in runs]
+    values, *draws = np.swapaxes(lines, 1, 2)
+    table = stats.with_ends(pd.DataFrame(values, columns=names), *np.quantile(draws, [0.025, 0.975], axis=0))
+    return pd.DataFrame({"share": shares, "n": outcomes["id"].nunique()}).join(table)
 
 
 # ---- tau for a purpose
@@ -389,10 +375,7 @@ def baselines(outcomes: pd.DataFrame, train: pd.DataFrame | None = None, tau: fl
     local, cloud = stats.correctness(outcomes)
     found |= {"always 1.0": Baseline(even, 1, 0), "random": Baseline(even, kept, 0)}
     found["oracle"] = Baseline(local - cloud, 1, 0)
-    return found | {
-        "cloud only": Baseline(even, 0, 0, share=1.0),
-        "local only": Baseline(even, 1, 0, share=0.0),
-    }
+    return found | {"cloud only": Baseline(even, 0, 0, share=1.0), "local only": Baseline(even, 1, 0, share=0.0)}
 
 
 def baselines_table(
@@ -401,15 +384,14 @@ def baselines_table(
     tau: float = 0.5,
     resamples: int = 10_000,
     seed: int = 0,
-    routers: dict[str, Baseline] | None = None,
 ) -> pd.DataFrame:
     """Every router at the cloud share that FogGen has at tau (per domain and resample), per domain and their mean.
 
     Columns method, domain, n, share, sysacc, lift, auroc, difference (FogGen - method, paired), each with a
     95% interval; p and p_holm of the difference (Holm over domains x methods, and over the methods for the
-    mean rows); forward_passes and extra_tokens a query. `routers` adds to or replaces `baselines`.
+    mean rows); forward_passes and extra_tokens a query.
     """
-    found = baselines(outcomes, train, tau) | (routers or {})
+    found = baselines(outcomes, train, tau)
     frame = outcomes.assign(**{f"_{name}": router.score for name, router in found.items()})
     metrics = ("share", "sysacc", "lift", "auroc", "difference")
 
@@ -429,17 +411,16 @@ def baselines_table(
         return np.concatenate(measured, axis=1)
 
     result = stats.bootstrap(frame, statistic, metrics * len(found), resamples, seed)
-    tables = []
-    for i, (name, router) in enumerate(found.items()):
-        own = result.part(i * len(metrics), (i + 1) * len(metrics))
+    tables = {}
+    for name, own in result.split(list(found)).items():
+        router = found[name]
         compared = router.share is None and name != "FogGen"
-        table = own.table().assign(p=own.p_values()[:, -1] if compared else np.nan, method=name)
+        table = own.table().assign(p=own.p_values()[:, -1] if compared else np.nan)
         table = table.assign(forward_passes=router.passes, extra_tokens=router.extra_tokens)
-        tables.append(stats.annotate(table, outcomes, REASONS))
-    table = pd.concat(tables, ignore_index=True)
+        tables[name] = stats.annotate(table, outcomes, REASONS)
+    table = stats.stack(tables, "method")
     table["p_holm"] = table.groupby(table["domain"] == MEAN)["p"].transform(stats.holm)
-    leading = ["method", "domain"]
-    return table[[*leading, *table.columns.drop([*leading, "note"]), "note"]]
+    return table[[*table.columns.drop("note"), "note"]]
 
 
 # ---- published rows and display

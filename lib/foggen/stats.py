@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -71,10 +71,12 @@ class Bootstrap:
     draws: Array
     units: Array
 
-    def part(self, start: int, stop: int) -> Bootstrap:
-        """Some of the metrics."""
-        part = slice(start, stop)
-        return Bootstrap(self.rows, self.metrics[part], self.point[:, part], self.draws[..., part], self.units)
+    def split(self, names: Sequence[Any]) -> dict[Any, Bootstrap]:
+        """Equal parts of the metrics, one a name: what a statistic put one after the other."""
+        size = len(self.metrics) // len(names)
+        parts = [slice(start, start + size) for start in range(0, len(self.metrics), size)]
+        cut = [replace(self, metrics=self.metrics[p], point=self.point[:, p], draws=self.draws[..., p]) for p in parts]
+        return dict(zip(names, cut, strict=True))
 
     def interval(self, level: float = 0.95) -> tuple[Array, Array]:
         """Percentile interval, each (rows, metrics), widened for few units and moved to centre the draws on the point.
@@ -107,19 +109,13 @@ class Bootstrap:
 
     def table(self) -> pd.DataFrame:
         """One row a domain and one for the mean; each metric with `_low` and `_high` beside it (95%)."""
-        low, high = self.interval()
-        columns: dict[str, Any] = {"domain": self.rows}
-        for j, metric in enumerate(self.metrics):
-            columns |= {metric: self.point[:, j], f"{metric}_low": low[:, j], f"{metric}_high": high[:, j]}
-        return pd.DataFrame(columns)
+        table = with_ends(pd.DataFrame(self.point, columns=self.metrics), *self.interval())
+        table.insert(0, "domain", self.rows)
+        return table
 
 
 def bootstrap(
-    outcomes: pd.DataFrame,
-    statistic: Statistic,
-    metrics: Sequence[str],
-    resamples: int = 10_000,
-    seed: int = 0,
+    outcomes: pd.DataFrame, statistic: Statistic, metrics: Sequence[str], resamples: int = 10_000, seed: int = 0
 ) -> Bootstrap:
     """Paired bootstrap, stratified by domain: every metric and every method sees the same resamples.
 
@@ -168,19 +164,31 @@ def correctness(frame: pd.DataFrame) -> tuple[Array, Array]:
     return frame["local_correct"].to_numpy(float), frame["cloud_correct"].to_numpy(float)
 
 
+def with_ends(values: pd.DataFrame, low: ArrayLike, high: ArrayLike) -> pd.DataFrame:
+    """Each column with its `_low` and `_high` beside it; both are shaped as `values`."""
+    ends = [pd.DataFrame(end, values.index, values.columns) for end in (low, high)]
+    table = pd.concat([values, ends[0].add_suffix("_low"), ends[1].add_suffix("_high")], axis=1)
+    return table[[f"{name}{end}" for name in values for end in ("", "_low", "_high")]]
+
+
+def stack(tables: Mapping[Any, pd.DataFrame], *names: str) -> pd.DataFrame:
+    """The tables one under the other, with their keys as the first columns, `names`."""
+    return pd.concat(tables, names=names).reset_index(level=names).reset_index(drop=True)
+
+
 def seed_sd(outcomes: pd.DataFrame, statistic: Statistic, metrics: Sequence[str]) -> Array:
-    """Standard deviation (rows, metrics) over training seeds, ddof 1: the noise of training again.
+    """Standard deviation (rows, metrics) over training seeds, ddof 1: the noise of training again; NaN for one seed.
 
     Set it beside the interval of the pooled outcomes, which is the noise of asking other questions.
     """
     outcomes = outcomes.assign(domain=pd.Categorical(outcomes["domain"], outcomes["domain"].unique()))
     runs = [bootstrap(part, statistic, metrics, 0).point for _, part in outcomes.groupby("seed")]
-    return np.asarray(np.std(runs, axis=0, ddof=1))
+    return np.std(runs, axis=0, ddof=1) if len(runs) > 1 else np.full_like(runs[0], np.nan)
 
 
 def annotate(table: pd.DataFrame, outcomes: pd.DataFrame, reasons: Mapping[str, str]) -> pd.DataFrame:
     """Put `n` (questions) and `facts` (resampled units) after `domain`, and a `note` that explains every NaN."""
-    units = pd.DataFrame({"n": pd.factorize(outcomes["id"])[0], "facts": clusters(outcomes)}, outcomes.index)
+    units = pd.DataFrame({"n": outcomes["id"].to_numpy(), "facts": clusters(outcomes)}, outcomes.index)
     counts = units.groupby(outcomes["domain"].astype(str)).nunique()
     counts.loc[MEAN] = counts.sum()
     counts = counts.reindex(table["domain"]).fillna(0).astype(int)
@@ -355,7 +363,7 @@ def round_table(outcomes: Mapping[int, pd.DataFrame], resamples: int = 1000, see
         number: annotate(bootstrap(frame, round_metrics, ROUND, resamples, seed).table(), frame, REASONS)
         for number, frame in outcomes.items()
     }
-    return pd.concat(tables, names=["round"]).reset_index(level="round").reset_index(drop=True)
+    return stack(tables, "round")
 
 
 # ---- comparing routers and checkpoints
@@ -379,12 +387,7 @@ def routed_gain(count: Array, gain: Array, share: ArrayLike) -> Array:
 
 
 def matched_difference(
-    outcomes: pd.DataFrame,
-    first: str,
-    second: str,
-    share: float | str,
-    resamples: int = 10_000,
-    seed: int = 0,
+    outcomes: pd.DataFrame, first: str, second: str, share: float | str, resamples: int = 10_000, seed: int = 0
 ) -> pd.DataFrame:
     """System accuracy of two routers (score columns) at one cloud share, and their paired `difference`.
 
@@ -402,11 +405,7 @@ def matched_difference(
 
 
 def paired_change(
-    before: pd.DataFrame,
-    after: pd.DataFrame,
-    column: str = "local_correct",
-    resamples: int = 10_000,
-    seed: int = 0,
+    before: pd.DataFrame, after: pd.DataFrame, column: str = "local_correct", resamples: int = 10_000, seed: int = 0
 ) -> pd.DataFrame:
     """Means of a 0..1 column over the same questions in two tables, and their paired `difference`, with 95% intervals.
 
@@ -481,8 +480,6 @@ def nested_bootstrap(
     value, from_dev, from_test = evaluate(fit(dev), test), copies(dev), copies(test)
     draws = [evaluate(fit(from_dev()), from_test()).to_numpy(float).ravel() for _ in range(resamples)]
     ends = pd.DataFrame(draws).quantile([0.025, 0.975]).to_numpy()  # passes over undefined resamples
-    low, high = (pd.DataFrame(end.reshape(value.shape), value.index, value.columns) for end in ends)
-    table = value.join(low.add_suffix("_low")).join(high.add_suffix("_high"))
-    table = table[[f"{name}{end}" for name in value for end in ("", "_low", "_high")]]
+    table = with_ends(value, *ends.reshape(2, *value.shape))
     table.insert(0, "n", test["id"].nunique())
     return table
