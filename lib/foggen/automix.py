@@ -10,7 +10,6 @@ of routed queries, IBC = incremental benefit per cost, dIBC = its relative gain 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
@@ -35,7 +34,7 @@ Method = Literal[
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
-_TOKENS = ("local_tokens", "verification_tokens")
+TOKENS = ["local_tokens", "verification_tokens"]
 BINS = 8  # one bin a verification: v is a multiple of 1/8 when all eight can be read
 MAX_REWARD = 4999  # the POMDP's penalty for routing in vain is tried at every integer from 0 to here
 COST_RATIOS = (10.0, 50.0, 100.0)
@@ -113,21 +112,13 @@ class Price(NamedTuple):
     dibc: Any
 
 
-def column(outcomes: pd.DataFrame, name: str, empty: float = np.nan) -> Floats:
-    """A column as floats, with `empty` in its empty cells; ValueError names a column that is missing or has gaps."""
-    if name not in outcomes or outcomes.empty:
-        found = ", ".join(map(str, outcomes.columns))
-        raise ValueError(f"outcomes need rows and a column `{name}`; got {len(outcomes)} rows of: {found}")
-    values: Floats = outcomes[name].to_numpy(dtype=float, na_value=empty)
-    if np.isnan(values).any():
-        row = int(np.isnan(values).argmax())
-        raise ValueError(f"outcomes row {row}: `{name}` is empty, expected a number")
-    return values
-
-
 def shares(outcomes: pd.DataFrame) -> Floats:
-    """v of every row; an empty cell is 0, as where no verification can be read."""
-    return column(outcomes, "verification", empty=0.0)
+    """v of every row; an empty cell is 0, as where no verification can be read. ValueError without the column."""
+    if "verification" not in outcomes or outcomes.empty:
+        found = ", ".join(map(str, outcomes.columns))
+        raise ValueError(f"outcomes need rows and a column `verification`; got {len(outcomes)} rows of: {found}")
+    values: Floats = outcomes["verification"].to_numpy(dtype=float, na_value=0.0)
+    return values
 
 
 def price(outcomes: pd.DataFrame, routed: ArrayLike, costs: Costs) -> Price:
@@ -137,8 +128,8 @@ def price(outcomes: pd.DataFrame, routed: ArrayLike, costs: Costs) -> Price:
     c_V; dIBC = (IBC - base) / |base|, so that more is better also where the cloud is worse than the edge. Spending
     nothing gains nothing: IBC = 0 at rho = c_V = 0. With P_L = P_S there is no base line, and dIBC is NaN.
     """
-    mask, small = np.asarray(routed, dtype=float), column(outcomes, "local_correct")
-    gap = column(outcomes, "cloud_correct") - small
+    mask, (small, large) = np.asarray(routed, dtype=float), stats.correctness(outcomes)
+    gap = large - small
     return Price(*map(float, _price(small.mean(), gap.mean(), (mask * gap).mean(), mask.mean(), costs)))
 
 
@@ -182,7 +173,7 @@ def nearest_bin(v: ArrayLike, bins: int = BINS) -> NDArray[np.int64]:
 
 def categories(outcomes: pd.DataFrame) -> NDArray[np.str_]:
     """NEEDY, GOOD, HOPELESS or UNDEFINED, row by row, computed from both scores; the first match wins."""
-    small, large = column(outcomes, "local_correct"), column(outcomes, "cloud_correct")
+    small, large = stats.correctness(outcomes)
     low = (small <= np.quantile(small, 0.1)) & (large <= np.quantile(large, 0.1))
     names = ["NEEDY", "GOOD", "HOPELESS"]
     return np.select([small < large, (small == large) & (small != 0), low], names, "UNDEFINED")
@@ -215,10 +206,10 @@ def _pomdp_simple(outcomes: pd.DataFrame, bins: int) -> list[Policy]:
 
 def _greedy_pomdp(outcomes: pd.DataFrame, bins: int) -> list[Policy]:
     """Nested sets: bins (rounded down) by falling mean gain, smoothed over neighbours with a Gaussian of sigma 2."""
-    gain = column(outcomes, "cloud_correct") - column(outcomes, "local_correct")
+    small, large = stats.correctness(outcomes)
     index = np.floor(shares(outcomes) * bins + 1e-9).astype(np.int64)
     count = np.bincount(index, minlength=bins + 1)
-    mean = np.bincount(index, weights=gain, minlength=bins + 1) / np.maximum(count, 1)
+    mean = np.bincount(index, weights=large - small, minlength=bins + 1) / np.maximum(count, 1)
     order = np.argsort(gaussian_filter1d(mean, sigma=2), kind="stable")[::-1]
     rank = np.argsort(order)
     return [Policy("GreedyPOMDP", tuple((rank <= last).astype(int).tolist())) for last in range(bins + 1)]
@@ -235,18 +226,15 @@ CANDIDATES: dict[Method, Callable[[pd.DataFrame, int], list[Policy]]] = {
 }
 
 
-def fit(
-    method: Method, outcomes: pd.DataFrame, costs: Costs, bins: int = BINS, always: ArrayLike | None = None
-) -> Policy:
+def fit(method: Method, outcomes: pd.DataFrame, costs: Costs, bins: int = BINS, always: ArrayLike = False) -> Policy:
     """The candidate with the highest dIBC on `outcomes` (verification, local_correct, cloud_correct); first wins a tie.
 
     `always` (n,) marks rows that go to the cloud whatever v is (the original's fixed-answer routing). Where the cloud
     is no better than the edge, dIBC would reward losing accuracy at the highest cost: there the highest accuracy is
     taken.
     """
-    v = shares(outcomes)
-    fixed = np.zeros(len(v), dtype=bool) if always is None else np.asarray(always, dtype=bool)
-    gap = column(outcomes, "cloud_correct") - column(outcomes, "local_correct")
+    v, (small, large) = shares(outcomes), stats.correctness(outcomes)
+    fixed, gap = np.broadcast_to(np.asarray(always, dtype=bool), v.shape), large - small
     policies = CANDIDATES[method](outcomes, bins)
     # Rows with the same v are routed alike: one column a distinct v keeps refitting inside a bootstrap cheap.
     values, where = np.unique(v[~fixed], return_inverse=True)
@@ -256,15 +244,6 @@ def fit(
     # IBC ranks as dIBC does: the base line is the same for all.
     worth = _price(0.0, gap.mean(), gain, rho, costs).ibc if gap.sum() > 0 else gain
     return policies[int(np.isclose(worth, worth.max(), rtol=1e-12, atol=1e-15).argmax())]
-
-
-def fits(
-    method: Method, outcomes: pd.DataFrame, costs: Costs, rows: int = 1000, seeds: Sequence[int] = range(10)
-) -> list[Policy]:
-    """The paper's protocol: one fit on `rows` sampled rows a seed; a single fit on all rows when there are fewer."""
-    if len(outcomes) <= rows:
-        return [fit(method, outcomes, costs)]
-    return [fit(method, outcomes.sample(rows, random_state=seed), costs) for seed in seeds]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -305,8 +284,8 @@ def worth(outcomes: pd.DataFrame, masks: Sequence[Mask], resamples: int = 0, see
 def _settings(outcomes: pd.DataFrame, ratios: Sequence[float]) -> list[tuple[str, Costs]]:
     """Every cost ratio with every c_V: nothing, c_S, and the measured tokens (over those of the answer) where known."""
     charges = {"0 c_S": 0.0, "1 c_S": 1.0}
-    if set(_TOKENS) <= set(outcomes.columns):
-        answer, check = (float(column(outcomes, name).mean()) for name in _TOKENS)
+    if set(TOKENS) <= set(outcomes.columns):
+        answer, check = outcomes[TOKENS].mean()
         charges["tokens"] = check / answer
     return [(label, Costs(1.0, ratio, charge)) for ratio in ratios for label, charge in charges.items()]
 
@@ -323,34 +302,27 @@ def comparison_table(
 ) -> pd.DataFrame:
     """FogGen and every meta-verifier, one row a method, cost ratio 1:c and c_V; shares are 0..1, means over domains.
 
-    Meta-verifiers are fitted on `fit_outcomes`, never on the rows that they are judged on. Columns: method, parameter
-    (of most fits), n, ratio, c_V, accuracy, routed, cost, ibc, ibc_base, dibc, lift, dibc_sd, fits, forward_passes
-    (on the edge, a query), tokens (generated on the edge, a query) and note (why a cell is NaN). Accuracy, routed, lift
-    and dibc have 95% intervals (_low, _high) for the policies as they were fitted; `refitted_table` has those with the
-    noise of fitting. dIBC is unstable where the cloud is nearly as good as the edge or where little is routed.
+    Meta-verifiers are fitted on `fit_outcomes`, never on the rows that they are judged on. Columns: method, parameter,
+    n, ratio, c_V, accuracy, routed, cost, ibc, ibc_base, dibc, lift, forward_passes (on the edge, a query), tokens
+    (generated on the edge, a query) and note (why a cell is NaN). Accuracy, routed, lift and dibc have 95% intervals
+    (_low, _high) for the policies as they were fitted; `refitted_table` has those with the noise of fitting. dIBC is
+    unstable where the cloud is nearly as good as the edge or where little is routed.
     """
-    cases: list[tuple[str, str, Costs, list[Policy | None]]] = [
-        ("FogGen", "0 c_S", Costs(1.0, ratio, 0.0), [None]) for ratio in cost_ratios
-    ]
+    unsure, v = _unsure(outcomes, tau), shares(outcomes)
+    answer, check = (outcomes[name].mean() if name in outcomes else np.nan for name in TOKENS)
+    paid = [Costs(1.0, ratio, 0.0) for ratio in cost_ratios]
+    rows = [("FogGen", str(tau), len(outcomes), costs.large, "0 c_S", 1, answer) for costs in paid]
+    masks = [unsure] * len(paid)
     for method, (label, costs) in product(methods, _settings(outcomes, cost_ratios)):
-        cases.append((method, label, costs, [*fits(method, fit_outcomes, costs)]))
-    masks: dict[Policy | None, Mask] = {None: _unsure(outcomes, tau)}
-    masks |= {policy: policy.route(shares(outcomes)) for *_, found in cases for policy in found if policy}
-    values, place = worth(outcomes, [*masks.values()], resamples, seed), {p: i for i, p in enumerate(masks)}
-    rows = []
-    for name, label, costs, found in cases:
-        usual = Counter(found).most_common(1)[0][0]
-        rows.append(
-            {"method": name, "parameter": f"{usual.method} {usual.parameter}" if usual else str(tau)}
-            | {"n": len(outcomes), "ratio": costs.large, "c_V": label}
-            | _mean_of_fits(values, [place[policy] for policy in found], costs)
-        )
-    table = pd.DataFrame(rows)
-    one_pass = table["method"] == "FogGen"
-    table["forward_passes"] = np.where(one_pass, 1, 1 + k)
-    answer, check = (float(outcomes[name].mean()) if name in outcomes else np.nan for name in _TOKENS)
-    table["tokens"] = np.where(one_pass, answer, answer + check)
-    return _explained(table)
+        policy = fit(method, fit_outcomes, costs)
+        chosen = f"{policy.method} {policy.parameter}"
+        rows.append((method, chosen, len(outcomes), costs.large, label, 1 + k, answer + check))
+        masks.append(policy.route(v))
+        paid.append(costs)
+    named = pd.DataFrame(rows, columns=["method", "parameter", "n", "ratio", "c_V", "forward_passes", "tokens"])
+    values = worth(outcomes, masks, resamples, seed)
+    measured = pd.DataFrame([_priced(values, place, costs) for place, costs in enumerate(paid)])
+    return _explained(pd.concat([named.iloc[:, :5], measured, named.iloc[:, 5:]], axis=1))
 
 
 def _explained(table: pd.DataFrame) -> pd.DataFrame:
@@ -366,16 +338,16 @@ def _unsure(outcomes: pd.DataFrame, tau: float) -> Mask:
     return unsure
 
 
-def _mean_of_fits(values: Worth, places: list[int], costs: Costs) -> dict[str, float]:
-    """Price and lift of the masks at `places`, averaged; 95% intervals; the spread of dIBC over the fits."""
-    gain, rho = values.gain[:, places], values.rho[:, places]
-    found = _price(values.small[:, None], values.gap[:, None] + 0 * gain, gain, rho, costs)._asdict()
-    found |= {"lift": values.lift[:, places]}
-    row = {name: float(value.mean(axis=1)[0]) for name, value in found.items()}
-    for name in ("accuracy", "routed", "lift", "dibc"):
-        draws = pd.Series(found[name].mean(axis=1)[1:])  # its quantile passes over undefined resamples
-        row |= {f"{name}_low": draws.quantile(0.025), f"{name}_high": draws.quantile(0.975)}
-    return row | {"dibc_sd": float(found["dibc"][0].std()), "fits": len(places)}
+def _priced(values: Worth, place: int, costs: Costs) -> dict[str, float]:
+    """Price and lift of the mask at `place`, with 95% intervals."""
+    prices = _price(values.small, values.gap, values.gain[:, place], values.rho[:, place], costs)
+    found = pd.DataFrame(prices._asdict() | {"lift": values.lift[:, place]})
+    ends = found.loc[1:, ["accuracy", "routed", "lift", "dibc"]].quantile([0.025, 0.975])  # passes over undefined ones
+    low, high = ends.to_dict("records")
+    row: dict[str, float] = found.loc[0].to_dict()
+    for name in ends:
+        row |= {f"{name}_low": low[name], f"{name}_high": high[name]}
+    return row
 
 
 def refitted_table(
