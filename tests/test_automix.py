@@ -357,13 +357,14 @@ def test_share_of_readable_decisions() -> None:
 def test_verify_asks_only_about_answers() -> None:
     asked = [Question(id=str(n), domain="math", question=f"{n}+1?", options=("1", "2"), answer="A") for n in range(3)]
     judge = Judge(["The AI generated answer is Correct."] * 2 + ["The AI generated answer is Incorrect."])
-    result = automix.verify(judge, asked, ["A", None, "B"], k=3)  # type: ignore[arg-type]
-    assert result.v.tolist() == pytest.approx([2 / 3, 0.0, 2 / 3])
-    assert result.tokens.tolist() == [15, 0, 15]
-    assert [len(texts) for texts in result.texts] == [3, 0, 3]
+    result = pd.DataFrame(automix.verify(judge, asked, ["A", None, "B"], k=3))  # type: ignore[arg-type]
+    assert result["verification"].tolist() == pytest.approx([2 / 3, 0.0, 2 / 3])
+    assert result["verification_tokens"].tolist() == [15, 0, 15]
+    assert result["texts"].str.len().tolist() == [3, 0, 3]
     prefix = judge.prompts[0].split("0+1?")[0]
     assert len(judge.prompts) == 2 and judge.prompts[1].startswith(prefix)
-    assert automix.verify(judge, asked, [None] * 3, k=3).v.tolist() == [0.0] * 3  # type: ignore[arg-type]
+    unread = automix.verify(judge, asked, [None] * 3, k=3)  # type: ignore[arg-type]
+    assert [row["verification"] for row in unread] == [0.0] * 3
 
 
 # --- the comparison ----------------------------------------------------------------------------------------------

@@ -18,17 +18,7 @@ import pytest
 from matplotlib.figure import Figure
 from outcomes_factory import make_outcomes
 
-from foggen import plots, routing
-
-
-def rounds() -> pd.DataFrame:
-    shares = {f"bucket {level}": 0.2 for level in (0.0, 0.25, 0.5, 0.75, 1.0)}
-    rows = [
-        {"round": r, "domain": d, "local_accuracy": 0.5 + r / 50, "ece": 0.2, **shares}
-        for r in range(4)
-        for d in ("law", "mean")
-    ]
-    return pd.DataFrame(rows)
+from foggen import plots, routing, stats
 
 
 def tasks() -> pd.DataFrame:
@@ -52,7 +42,7 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "histogram graded": lambda o: plots.confidence_histogram(o, "graded_confidence"),
     "risk_coverage": lambda o: plots.risk_coverage(o, {"confidence": "stated", "p_true": "P(True)"}),
     "dumbbells": lambda o: plots.domain_dumbbells(routing.routing_table(o, resamples=20)),
-    "rounds": lambda o: plots.round_curves(rounds()),
+    "rounds": lambda o: plots.round_curves(stats.round_table({0: o, 1: o.assign(confidence=1.0)}, resamples=20)),
     "open_ended": lambda o: plots.open_ended_bars(tasks()),
 }
 
@@ -79,7 +69,7 @@ def test_degenerate_outcomes_are_drawn_without_a_warning(case: str) -> None:
     outcomes = CASES[case](make_outcomes(40, rich=True))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for name in list(FIGURES)[:-2]:  # the last two know no outcomes
+        for name in list(FIGURES)[:-1]:  # the last knows no outcomes
             FIGURES[name](outcomes).canvas.draw()
             plt.close("all")
 
@@ -93,7 +83,19 @@ def test_a_figure_is_the_same_file_twice(tmp_path: Path) -> None:
 
 
 def test_axes_say_their_units() -> None:
-    figure = plots.accuracy_curve(routing.share_curve(make_outcomes(40), resamples=20))
+    figure = plots.accuracy_curve(routing.share_curve(make_outcomes(40), resamples=20), (0.2, 0.7))
     axes = figure.axes[0]
     assert "%" in axes.get_xlabel() and "%" in axes.get_ylabel() and "n = 120" in axes.get_title(loc="left")
+    plt.close(figure)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.4, 0.65), (0.5, 0.575), (0.99, 1.0), (0, 1), (-0.04, 0.02)])
+def test_ticks_say_where_they_stand(low: float, high: float) -> None:
+    figure, axes = plt.subplots(figsize=(2.4, 2.9))
+    axes.set_ylim(low, high)
+    plots._percent(axes.yaxis)
+    figure.canvas.draw()
+    told = [float(label.get_text().removesuffix("%")) for label in axes.get_yticklabels()]
+    assert told == pytest.approx([100 * place for place in axes.get_yticks()])
+    assert high - low < 0.05 or all(value == round(value) for value in told)
     plt.close(figure)

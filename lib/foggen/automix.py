@@ -45,14 +45,6 @@ UNION: tuple[Method, ...] = ("POMDPSimple", "GreedyPOMDP", "DoubleThreshold", "T
 # Verification
 
 
-class Verification(NamedTuple):
-    """Verifications of n answers: `v` (n,) in 0..1, `tokens` (n,) generated in all k samples, `texts` n lists of k."""
-
-    v: Floats
-    tokens: NDArray[np.int64]
-    texts: list[list[str]]
-
-
 def verification_share(texts: Sequence[str]) -> float:
     """Share of the readable decisions that say correct; 0 when none can be read."""
     decisions = [decision for decision in map(parse_verification, texts) if decision is not None]
@@ -67,21 +59,23 @@ def verify(
     temperature: float = 1.0,
     max_tokens: int = 250,
     seed: int = 0,
-) -> Verification:
+) -> list[dict[str, Any]]:
     """Asks the engine k times whether each answer (a letter) is correct.
 
-    An answer that could not be read (None) has nothing to verify: v = 0 and no tokens. The prompts share their
-    worked examples as a common prefix, which an engine with a prefix cache reads once.
+    A row an answer: `verification`, the share of its readable decisions that say correct; `verification_tokens`
+    generated in all k samples; and their `texts`. An answer that could not be read (None) has nothing to verify: share
+    0 and no tokens. The prompts share their worked examples as a common prefix, which an engine with a prefix cache
+    reads once.
     """
-    asked = [index for index, answer in enumerate(answers) if answer is not None]
-    prompts = [verify_messages(questions[index], str(answers[index])) for index in asked]
+    prompts = [verify_messages(q, answer) for q, answer in zip(questions, answers, strict=True) if answer is not None]
     sampling = Sampling(n=k, temperature=temperature, max_tokens=max_tokens, seed=seed)
-    texts: list[list[str]] = [[] for _ in questions]
-    tokens = np.zeros(len(questions), dtype=np.int64)
-    for index, samples in zip(asked, engine.generate(prompts, sampling) if prompts else [], strict=True):
-        texts[index] = [sample.text for sample in samples]
-        tokens[index] = sum(sample.tokens for sample in samples)
-    return Verification(np.array([verification_share(one) for one in texts], dtype=float), tokens, texts)
+    asked = iter(engine.generate(prompts, sampling) if prompts else [])
+    rows = []
+    for answer in answers:
+        samples = [] if answer is None else next(asked)
+        texts, tokens = [sample.text for sample in samples], sum(sample.tokens for sample in samples)
+        rows.append({"verification": verification_share(texts), "verification_tokens": tokens, "texts": texts})
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -154,10 +154,7 @@ class Examination(_Examiner):
         answers = [None if pd.isna(one) else str(one) for one in self.answers(label, model)["local_answer"]]
 
         def ask(engine: Engine) -> Rows:
-            limits = (rule.k, rule.temperature, rule.max_new_tokens)
-            found = automix.verify(engine, self.questions, answers, *limits, seed)
-            for v, tokens, texts in zip(found.v.tolist(), found.tokens.tolist(), found.texts, strict=True):
-                yield {"verification": v, "verification_tokens": tokens, "texts": texts}
+            return automix.verify(engine, self.questions, answers, rule.k, rule.temperature, rule.max_new_tokens, seed)
 
         more = {"answers": digest(answers), "seed": seed}
         return self._rows(f"{label}-verification", model, ask, [automix.verify], ["automix"], **more)

@@ -5,7 +5,7 @@ Knows nothing of files except in `save`, and computes no metric that a table doe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 from scipy.stats import beta
 
 from foggen import stats
@@ -83,8 +83,10 @@ def _axes(rows: int = 1, columns: int = 1, size: tuple[float, float] = SIZE, **o
 
 
 def _percent(*axes: Any) -> None:
+    """Ticks at whole percents, or with their decimals where the axis is shorter than a few percent."""
     for axis in axes:
-        axis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10]))
+        axis.set_major_formatter(lambda share, _: f"{round(100 * share, 2) + 0:g}%")
 
 
 def _legend(figure: Figure, axes: Axes, columns: int) -> None:
@@ -102,7 +104,7 @@ def _errors(rows: pd.DataFrame, name: str) -> Array:
 
 def accuracy_curve(
     curve: pd.DataFrame,
-    point: tuple[float, float] | None = None,
+    point: tuple[float, float],
     published: tuple[float, float] | None = None,
     tau: float = 0.5,
 ) -> Figure:
@@ -114,8 +116,7 @@ def accuracy_curve(
     axes.plot(curve["share"], curve["oracle"], color=GREEN, ls=":", label="oracle, same share")
     _band(axes, curve, "sysacc", BLUE, "confidence (95% band)")
     axes.plot(curve["share"], curve["random"], color=GREY, ls="--", label="random, same share")
-    if point:
-        axes.plot(*point, "o", color=VERMILION, ms=8, mec="white", label=f"tau = {tau:g}")
+    axes.plot(*point, "o", color=VERMILION, ms=8, mec="white", label=f"tau = {tau:g}")
     if published:
         axes.plot(*published, "*", color=BLACK, ms=12, mec="white", label="published (its own questions)")
     axes.set(ylabel="system accuracy (%)", title=f"Mean over domains, n = {curve['n'].iloc[0]:,} questions")
@@ -124,14 +125,13 @@ def accuracy_curve(
     return figure
 
 
-def matched_curves(curves: Mapping[str, pd.DataFrame], mark: float | None = None) -> Figure:
+def matched_curves(curves: Mapping[str, pd.DataFrame], mark: float) -> Figure:
     """Lift over random at the same cloud share for several routers, each a `routing.share_curve`, with 95% bands."""
     figure, axes = _axes()
     for (name, curve), colour in zip(curves.items(), COLOURS, strict=False):
         _band(axes, curve, "lift", colour, name, 100)
     axes.axhline(0, color=GREY, ls="--", lw=1.2, label="random")
-    if mark is not None:
-        axes.axvline(mark, color=BLACK, lw=1, ls=":", label="FogGen's share")
+    axes.axvline(mark, color=BLACK, lw=1, ls=":", label="FogGen's share")
     n = next(iter(curves.values()))["n"].iloc[0]
     axes.set(ylabel="lift over random (percentage points)", title=f"Mean over domains, n = {n:,}, 95% bands")
     _legend(figure, axes, 3)
@@ -263,8 +263,7 @@ def domain_dumbbells(table: pd.DataFrame) -> Figure:
     axes.errorbar(rows["sysacc"], y, xerr=_errors(rows, "sysacc"), **look)
     names = rows["domain"].str.replace("_", " ")
     axes.set_yticks(y, [f"{name} ({routed:.0%})" for name, routed in zip(names, rows["routed"], strict=True)])
-    if rows["domain"].iloc[-1] == MEAN:
-        axes.axhline(0.5, color=GREY, lw=0.8)
+    axes.axhline(0.5, color=GREY, lw=0.8)  # the mean stands apart
     axes.set(xlabel="accuracy (%)", ylabel="domain (share routed)", ylim=(-0.6, len(rows) - 0.4))
     axes.set_title(f"n = {rows['n'].max():,} questions")
     _percent(axes.xaxis)
@@ -273,63 +272,49 @@ def domain_dumbbells(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def round_curves(rounds: pd.DataFrame, panels: Mapping[str, str] = PANELS) -> Figure:
-    """How the edge model changes over the chain: one panel a measure, and one of the shares of the buckets.
+def round_curves(rounds: pd.DataFrame) -> Figure:
+    """How the edge model changes over the chain, from `stats.round_table`: a panel a measure, one for the buckets.
 
-    Columns: round, domain (rows called mean are drawn bold, with a band where `_low` and `_high` are there), the
-    keys of `panels` that are there, and shares in columns that start with `bucket`, lowest first (mean rows).
+    A line a domain; their mean is drawn bold, with its 95% band.
     """
-    shown = [name for name in panels if name in rounds]
-    buckets = [name for name in rounds if name.startswith("bucket") and not name.endswith(("_low", "_high"))]
-    total = len(shown) + bool(buckets)
-    height, width = -(-total // 3), min(total, 3)
-    figure, grid = _axes(height, width, (9.6, 3.0 * height + 0.5), squeeze=False, sharex=True)
-    for axes, name in zip(grid.flat, shown, strict=False):
-        _lines(axes, rounds, name)
-        axes.set_title(panels[name])
-    if buckets:
-        _bucket_areas(grid.flat[len(shown)], rounds, buckets)
-    for axes in grid.flat[total:]:
-        axes.set_visible(False)
-    for axes in grid[-1]:
+    figure, grid = _axes(2, 3, (9.6, 6.5), sharex=True)
+    for axes, (name, title) in zip(grid.flat, PANELS.items(), strict=False):
+        for i, (domain, part) in enumerate(rounds[rounds["domain"] != MEAN].groupby("domain", sort=False)):
+            look = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "label": str(domain).replace("_", " ")}
+            axes.plot(part["round"], part[name], ms=3.5, lw=1.1, **look)
+        mean = rounds[rounds["domain"] == MEAN]
+        band = (mean["round"], mean[f"{name}_low"], mean[f"{name}_high"])
+        axes.fill_between(*band, color=GREY, alpha=0.35, lw=0, zorder=3, label="95% of the mean")
+        axes.plot(mean["round"], mean[name], color=BLACK, lw=2.6, zorder=4, label=MEAN)
+        low, high = axes.get_ylim()
+        axes.set(title=title, ylim=(max(low, -0.02), min(high, 1.02)))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _percent(axes.yaxis)
+    _bucket_areas(grid[1, 2], mean.set_index("round"))
+    for axes in grid[1]:
         axes.set_xlabel("round")
-    _legend(figure, grid.flat[0], 4)
+    _legend(figure, grid[0, 0], 4)
     return figure
 
 
-def _lines(axes: Axes, rounds: pd.DataFrame, name: str) -> None:
-    for i, (domain, part) in enumerate(rounds.groupby("domain", sort=False)):
-        look: dict[str, Any] = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "ms": 3.5, "lw": 1.1}
-        if domain == MEAN:
-            look = {"color": BLACK, "lw": 2.6, "zorder": 4}
-            if f"{name}_low" in part:
-                band = (part["round"], part[f"{name}_low"], part[f"{name}_high"])
-                axes.fill_between(*band, color=GREY, alpha=0.35, lw=0, zorder=3, label="95% of the mean")
-        axes.plot(part["round"], part[name], label=str(domain).replace("_", " "), **look)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    low, high = axes.get_ylim()
-    axes.set_ylim(max(low, -0.02), min(high, 1.02))
-    _percent(axes.yaxis)
-
-
-def _bucket_areas(axes: Axes, rounds: pd.DataFrame, buckets: Sequence[str]) -> None:
-    shares = rounds[rounds["domain"] == MEAN].groupby("round")[list(buckets)].mean()
-    shades = mpl.colormaps["cividis"](np.linspace(0.05, 0.95, len(buckets)))
-    names = [name.removeprefix("bucket").strip(" _") for name in buckets]
+def _bucket_areas(axes: Axes, mean: pd.DataFrame) -> None:
+    shares = mean.filter(regex=r"^bucket [\d.]+$")
+    shades = mpl.colormaps["cividis"](np.linspace(0.05, 0.95, shares.shape[1]))
     areas = axes.stackplot(shares.index, shares.T.to_numpy(), colors=shades)
+    names = [name.removeprefix("bucket ") for name in shares]
     axes.set(title="confidence stated", ylim=(0, 1), xlim=(shares.index.min(), shares.index.max()))
     axes.legend(areas[::-1], names[::-1], loc="center left", bbox_to_anchor=(1, 0.5))
     _percent(axes.yaxis)
 
 
-def variant_points(summary: pd.DataFrame, panels: Mapping[str, str] = STUDY_PANELS) -> Figure:
+def variant_points(summary: pd.DataFrame) -> Figure:
     """The reference study: one panel a metric, a point with its 95% interval a variant (means over domains).
 
     Columns of `summary`: variant, metric, domain, value, low, high, n, seeds.
     """
     means = summary[summary["domain"] == MEAN]
-    figure, grid = _axes(1, len(panels), (9.6, 2.9), sharey=True)
-    for axes, (metric, title) in zip(grid, panels.items(), strict=True):
+    figure, grid = _axes(1, len(STUDY_PANELS), (9.6, 2.9), sharey=True)
+    for axes, (metric, title) in zip(grid, STUDY_PANELS.items(), strict=True):
         rows = means[means["metric"] == metric].iloc[::-1].reset_index()
         colours = np.where(rows["variant"] == "foggen", BLUE, GREY)
         axes.hlines(rows.index, rows["low"], rows["high"], color=colours, lw=3)
@@ -347,7 +332,7 @@ def variant_points(summary: pd.DataFrame, panels: Mapping[str, str] = STUDY_PANE
 def open_ended_bars(table: pd.DataFrame) -> Figure:
     """Accuracy on the open-ended tasks, a bar for each checkpoint with its interval and the published value beside.
 
-    Columns: task, checkpoint, accuracy, low, high, n, and optionally published (all 0..1, NaN = none).
+    Columns: task, checkpoint, accuracy, low, high, published (0..1, NaN = none) and n.
     """
     figure, axes = _axes()
     counts = table.groupby("task", sort=False)["n"].first()
@@ -357,9 +342,8 @@ def open_ended_bars(table: pd.DataFrame) -> Figure:
         x = counts.index.get_indexer(part["task"]) + width * (i + 0.5) - 0.4
         look = {"color": (SKY, BLUE, ORANGE)[i % 3], "capsize": 4, "label": checkpoint}
         axes.bar(x, part["accuracy"], 0.9 * width, yerr=_errors(part, "accuracy"), **look)
-        if "published" in part:
-            line = {"color": BLACK, "lw": 2.5, "zorder": 4, "label": None if i else "published"}
-            axes.hlines(part["published"], x - 0.4 * width, x + 0.4 * width, **line)
+        line = {"color": BLACK, "lw": 2.5, "zorder": 4, "label": None if i else "published"}
+        axes.hlines(part["published"], x - 0.4 * width, x + 0.4 * width, **line)
     axes.set_xticks(range(len(counts)), [f"{task}\nn = {n:,}" for task, n in counts.items()])
     axes.set(ylabel="accuracy (%), 95% intervals", ylim=(0, 1), title="Open-ended tasks")
     axes.grid(axis="x", visible=False)
