@@ -322,8 +322,7 @@ def comparison_table(
 def _explained(table: pd.DataFrame) -> pd.DataFrame:
     """The table with a `note` that says why a cell is NaN."""
     reasons = {"dibc": "the cloud is as good as the edge", "tokens": "not measured"}
-    found = [[name for name in reasons if name in row and pd.isna(row[name])] for _, row in table.iterrows()]
-    return table.assign(note=["; ".join(f"{name}: {reasons[name]}" for name in names) for names in found])
+    return table.assign(note=["; ".join(stats.undefined(row, reasons)) for _, row in table.iterrows()])
 
 
 def _unsure(outcomes: pd.DataFrame, tau: float) -> Mask:

@@ -23,6 +23,7 @@ from foggen.store import Store, digest, read_json, read_jsonl, write_jsonl
 
 PARTS = ("scores", "votes", "verification")
 Rows = Iterable[Mapping[Any, Any]]
+Ask = Callable[[Engine], Rows]
 
 
 def cloud_engine(settings: Settings) -> Engine:
@@ -50,13 +51,7 @@ class _Examiner:
     edge: Loan
 
     def _rows(
-        self,
-        part: str,
-        model: Path | None,
-        ask: Callable[[Engine], Rows],
-        code: Sequence[Any],
-        keys: Sequence[str] = (),
-        **more: Any,
+        self, part: str, model: Path | None, ask: Ask, code: Sequence[Any], keys: Sequence[str] = (), **more: Any
     ) -> pd.DataFrame:
         """What `ask` gets from a checkpoint's engine, or from the cloud's (None): a stage, so asked for once.
 
@@ -103,11 +98,11 @@ class Examination(_Examiner):
         def ask(engine: Engine) -> Rows:
             return rounds.evaluate(engine, self.questions, self.settings)
 
-        return self._rows(part, model, ask, [rounds.evaluate], ["max_new_tokens"])
+        return self._rows(part, model, ask, [rounds.evaluate], ["max_new_tokens"]).astype({"confidence": float})
 
     def answers(self, label: str, model: Path) -> pd.DataFrame:
         """One greedy pass."""
-        return self._evaluated(f"{label}-answers", model).astype({"confidence": float})
+        return self._evaluated(f"{label}-answers", model)
 
     def _cloud(self) -> pd.DataFrame:
         """The cloud gets the very prompt that the edge gets, and is asked once for all checkpoints."""

@@ -89,6 +89,12 @@ def _percent(*axes: Any) -> None:
         axis.set_major_formatter(lambda share, _: f"{round(100 * share, 2) + 0:g}%")
 
 
+def _label(axes: Axes, **labels: Any) -> None:
+    """Sets labels, title and limits; an axis that says (%) gets percent ticks."""
+    axes.set(**labels)
+    _percent(*(axis for axis in (axes.xaxis, axes.yaxis) if "(%)" in axis.get_label_text()))
+
+
 def _legend(figure: Figure, axes: Axes, columns: int) -> None:
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
 
@@ -103,10 +109,7 @@ def _errors(rows: pd.DataFrame, name: str) -> Array:
 
 
 def accuracy_curve(
-    curve: pd.DataFrame,
-    point: tuple[float, float],
-    published: tuple[float, float] | None = None,
-    tau: float = 0.5,
+    curve: pd.DataFrame, point: tuple[float, float], published: tuple[float, float] | None = None, tau: float = 0.5
 ) -> Figure:
     """System accuracy against cloud share from `routing.share_curve`, with 95% band, random line and oracle.
 
@@ -119,8 +122,7 @@ def accuracy_curve(
     axes.plot(*point, "o", color=VERMILION, ms=8, mec="white", label=f"tau = {tau:g}")
     if published:
         axes.plot(*published, "*", color=BLACK, ms=12, mec="white", label="published (its own questions)")
-    axes.set(ylabel="system accuracy (%)", title=f"Mean over domains, n = {curve['n'].iloc[0]:,} questions")
-    _percent(axes.yaxis)
+    _label(axes, ylabel="system accuracy (%)", title=f"Mean over domains, n = {curve['n'].iloc[0]:,} questions")
     axes.legend(loc="best")
     return figure
 
@@ -150,9 +152,8 @@ def cost_curves(
         cost = small + verify[name] + large * curve["share"]
         _band(axes, curve, "sysacc", colour, f"{name} ($c_V$ = {verify[name]:g})", x=cost)
     axes.plot(small + large * curve["share"], curve["random"], color=GREY, ls="--", label="random")
-    axes.set(xlabel=f"cost a query, at edge : cloud = {small:g} : {large:g}", ylabel="system accuracy (%)")
+    _label(axes, xlabel=f"cost a query, at edge : cloud = {small:g} : {large:g}", ylabel="system accuracy (%)")
     axes.set_title(f"Mean over domains, n = {curve['n'].iloc[0]:,}, 95% bands")
-    _percent(axes.yaxis)
     axes.legend(loc="best")
     return figure
 
@@ -164,8 +165,7 @@ def _band(axes: Axes, curve: pd.DataFrame, name: str, colour: str, label: str, s
     axes.fill_between(at, low, high, color=colour, alpha=0.17, lw=0)
     axes.plot(at, scale * curve[name], color=colour, label=label)
     if x is None:
-        axes.set(xlabel="share of questions sent to the cloud (%)", xlim=(-0.01, 1.01))
-        _percent(axes.xaxis)
+        _label(axes, xlabel="share of questions sent to the cloud (%)", xlim=(-0.01, 1.01))
 
 
 # ---- confidence
@@ -181,8 +181,7 @@ def reliability(outcomes: pd.DataFrame, column: str = "confidence", label: str =
     confidence = known[column].to_numpy(float)
     few = len(np.unique(confidence)) <= len(BUCKETS)
     bins = stats.buckets(confidence) if few else stats.equal_mass(confidence)
-    measured = {"x": (column, "mean"), "rate": ("local_correct", "mean"), "n": ("id", "size")}
-    groups = known.groupby(bins).agg(**measured)
+    groups = known.groupby(bins).agg(x=(column, "mean"), rate=("local_correct", "mean"), n=("id", "size"))
     right = groups["rate"] * groups["n"]
     for end, q in (("low", 0.025), ("high", 0.975)):
         groups[f"rate_{end}"] = beta.ppf(q, right + 0.5, groups["n"] - right + 0.5)
@@ -190,10 +189,9 @@ def reliability(outcomes: pd.DataFrame, column: str = "confidence", label: str =
     top.vlines(groups["x"], groups["rate"], groups["x"], color=ORANGE, lw=5, alpha=0.45, label="gap")
     look = {"color": BLUE, "marker": "o", "capsize": 3, "label": "share right (95%)"}
     top.errorbar(groups["x"], groups["rate"], yerr=_errors(groups, "rate"), **look)
-    top.set(ylabel="local answers right (%)", ylim=(0, 1), xlim=(-0.1, 1.1), xticks=BUCKETS)
+    _label(top, ylabel="local answers right (%)", ylim=(0, 1), xlim=(-0.1, 1.1), xticks=BUCKETS)
     top.set_title(f"Reliability, n = {len(known):,} parsed of {len(outcomes):,}")
     top.legend(loc="upper left")
-    _percent(top.yaxis)
     bars = bottom.bar(groups["x"], groups["n"], width=0.12 if few else 0.02, color=SKY)
     if few:
         bottom.bar_label(bars, fmt="{:,.0f}", fontsize=8)
@@ -239,10 +237,8 @@ def risk_coverage(outcomes: pd.DataFrame, columns: Mapping[str, str], tau: float
         look = {"color": BLUE, "ms": 8, "mec": "white", "label": f"tau = {tau:g}"}
         axes.plot(kept.mean(), 1 - right[kept].mean(), "o", **look)
     axes.axhline(1 - right.mean(), color=GREY, ls="--", lw=1.2, label="random")
-    axes.set(xlabel="coverage: share answered locally (%)", ylabel="risk: wrong among those (%)")
-    axes.set(xlim=(0, 1.01), title=f"Risk and coverage, n = {len(right):,}")
-    axes.set_ylim(bottom=0)
-    _percent(axes.xaxis, axes.yaxis)
+    _label(axes, xlabel="coverage: share answered locally (%)", ylabel="risk: wrong among those (%)")
+    axes.set(xlim=(0, 1.01), ylim=(0, None), title=f"Risk and coverage, n = {len(right):,}")
     _legend(figure, axes, 3)
     return figure
 
@@ -264,9 +260,8 @@ def domain_dumbbells(table: pd.DataFrame) -> Figure:
     names = rows["domain"].str.replace("_", " ")
     axes.set_yticks(y, [f"{name} ({routed:.0%})" for name, routed in zip(names, rows["routed"], strict=True)])
     axes.axhline(0.5, color=GREY, lw=0.8)  # the mean stands apart
-    axes.set(xlabel="accuracy (%)", ylabel="domain (share routed)", ylim=(-0.6, len(rows) - 0.4))
+    _label(axes, xlabel="accuracy (%)", ylabel="domain (share routed)", ylim=(-0.6, len(rows) - 0.4))
     axes.set_title(f"n = {rows['n'].max():,} questions")
-    _percent(axes.xaxis)
     axes.grid(axis="y", visible=False)
     _legend(figure, axes, 4)
     return figure
@@ -345,9 +340,8 @@ def open_ended_bars(table: pd.DataFrame) -> Figure:
         line = {"color": BLACK, "lw": 2.5, "zorder": 4, "label": None if i else "published"}
         axes.hlines(part["published"], x - 0.4 * width, x + 0.4 * width, **line)
     axes.set_xticks(range(len(counts)), [f"{task}\nn = {n:,}" for task, n in counts.items()])
-    axes.set(ylabel="accuracy (%), 95% intervals", ylim=(0, 1), title="Open-ended tasks")
+    _label(axes, ylabel="accuracy (%), 95% intervals", ylim=(0, 1), title="Open-ended tasks")
     axes.grid(axis="x", visible=False)
-    _percent(axes.yaxis)
     axes.legend(ncols=3)
     return figure
 

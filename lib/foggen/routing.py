@@ -6,12 +6,11 @@ Must not know how an outcome came about: no model, no prompt, no figure.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,7 +23,7 @@ from sklearn.pipeline import make_pipeline
 from foggen import stats
 from foggen.prompts import BUCKETS
 from foggen.stats import MEAN, Array, router_score
-from foggen.store import ROOT
+from foggen.store import ROOT, read_json
 
 METRICS = ("cloud", "raw", "random", "sysacc", "routed", "lift", "oracle", "gap_recovered")
 REASONS = stats.REASONS | {
@@ -361,11 +360,8 @@ SCORES = {  # column: name, edge passes and extra tokens a query
 def baselines(outcomes: pd.DataFrame, train: pd.DataFrame | None = None, tau: float = 0.5) -> dict[str, Baseline]:
     """The routers that these outcomes can score: all keep the same local answer and differ in what they route."""
     kept, even = float((outcomes["confidence"] >= tau).mean()), np.ones(len(outcomes))
-    found = {
-        name: Baseline(router_score(outcomes, column), *cost)
-        for column, (name, *cost) in SCORES.items()
-        if column in outcomes
-    }
+    known = {column: cost for column, cost in SCORES.items() if column in outcomes}
+    found = {name: Baseline(router_score(outcomes, column), *cost) for column, (name, *cost) in known.items()}
     if "votes" in outcomes:
         tokens = outcomes["sample_tokens"].mean() if "sample_tokens" in outcomes else math.nan
         passes = 1 + outcomes["votes"].str.len().mean()
@@ -379,11 +375,7 @@ def baselines(outcomes: pd.DataFrame, train: pd.DataFrame | None = None, tau: fl
 
 
 def baselines_table(
-    outcomes: pd.DataFrame,
-    train: pd.DataFrame | None = None,
-    tau: float = 0.5,
-    resamples: int = 10_000,
-    seed: int = 0,
+    outcomes: pd.DataFrame, train: pd.DataFrame | None = None, tau: float = 0.5, resamples: int = 10_000, seed: int = 0
 ) -> pd.DataFrame:
     """Every router at the cloud share that FogGen has at tau (per domain and resample), per domain and their mean.
 
@@ -426,11 +418,11 @@ def baselines_table(
 # ---- published rows and display
 
 
-def published(name: str = "fg", path: Path = ROOT / "data" / "published.json") -> pd.DataFrame:
+def published(name: str = "fg") -> pd.DataFrame:
     """A table of `data/published.json` (percent) with `source`; routing tables also get `random_again` = raw
     + routed (cloud - raw) and `lift` = sysacc - random, recomputed from the other columns.
     """
-    document: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    document = read_json(ROOT / "data" / "published.json")
     block = document["tables"][name]
     table = pd.DataFrame(block["rows"]).assign(source=document["sources"][block["source"]]["name"])
     if "random" in table:

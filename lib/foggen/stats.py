@@ -201,18 +201,24 @@ def _explain(row: pd.Series, table: pd.DataFrame, reasons: Mapping[str, str]) ->
     """Why cells of a row are NaN, and of what domains a mean is not."""
     if row["n"] == 0:
         return "no questions"
+    notes = undefined(row, reasons)
+    if row["domain"] == MEAN:
+        inner = table[table["domain"] != MEAN]
+        partial = [name for name in reasons if name in inner and inner[name].isna().any() and pd.notna(row[name])]
+        empty = ", ".join(inner["domain"][inner["n"] == 0])
+        notes += [f"{', '.join(partial)}: mean of the domains where defined"] if partial else []
+        notes += [f"without {empty}"] if empty else []
+    return "; ".join(notes)
+
+
+def undefined(row: pd.Series, reasons: Mapping[str, str]) -> list[str]:
+    """`columns: reason` for the cells of a row that are NaN."""
     found: dict[str, dict[str, None]] = {}  # reasons and their columns, each once and in order
     for cell in row.index[row.isna()]:
         name = cell.removesuffix("_low").removesuffix("_high")
         reason = reasons.get(name, "undefined") if pd.isna(row[name]) else "interval undefined"
         found.setdefault(reason, {})[name] = None
-    inner = table[table["domain"] != MEAN]
-    if row["domain"] == MEAN:
-        partial = [name for name in reasons if name in inner and inner[name].isna().any() and pd.notna(row[name])]
-        found |= {"mean of the domains where defined": dict.fromkeys(partial)} if partial else {}
-    notes = [f"{', '.join(names)}: {why}" for why, names in found.items()]
-    empty = ", ".join(inner["domain"][inner["n"] == 0])
-    return "; ".join([*notes, f"without {empty}"] if row["domain"] == MEAN and empty else notes)
+    return [f"{', '.join(names)}: {why}" for why, names in found.items()]
 
 
 # ---- ranking and calibration, each for a (resamples, questions) matrix of counts
