@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import Formatter, MaxNLocator
 from scipy.stats import beta
 
 from foggen import stats
@@ -86,7 +86,7 @@ def _percent(*axes: Any) -> None:
     """Ticks at whole percents, or with their decimals where the axis is shorter than a few percent."""
     for axis in axes:
         axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10]))
-        axis.set_major_formatter(lambda share, _: f"{round(100 * share, 2) + 0:g}%")
+        axis.set_major_formatter(lambda share, _: Formatter.fix_minus(f"{round(100 * share, 2) + 0:g}%"))
 
 
 def _label(axes: Axes, **labels: Any) -> None:
