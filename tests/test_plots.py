@@ -95,7 +95,7 @@ def test_ticks_say_where_they_stand(low: float, high: float) -> None:
     axes.set_ylim(low, high)
     plots._percent(axes.yaxis)
     figure.canvas.draw()
-    told = [float(label.get_text().removesuffix("%").replace("−", "-")) for label in axes.get_yticklabels()]  # noqa: RUF001
+    told = [float(label.get_text().removesuffix("%").replace("−", "-")) for label in axes.get_yticklabels()]
     assert told == pytest.approx([100 * place for place in axes.get_yticks()])
     assert high - low < 0.05 or all(value == round(value) for value in told)
     plt.close(figure)
