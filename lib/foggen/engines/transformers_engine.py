@@ -1,32 +1,33 @@
-"""Runs any `AutoModelForCausalLM` with full attention on a CPU or GPU: what prompts and samples share is run once."""
+"""Runs any `AutoModelForCausalLM` on a CPU or GPU: what prompts and their samples have in common is run once."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as bars
 
-from foggen.engines.base import Completion, EngineError, Sampling, cut_at_stop
-from foggen.engines.tree import Level, Tree, attention, tree_problem, window
+from foggen.engines.base import Completion, Engine, EngineError, Sampling, cut_at_stop
 from foggen.prompts import Messages, encode_chat, plain_ids
 
 log = logging.getLogger(__name__)
 Ids = list[int]
-LOGITS = 1 << 28  # numbers of one batch's logits when scoring: 1 GiB
-CPU_CACHE = 4 << 30  # bytes that one batch's keys and values may take on a CPU
-BUDGET = {"cpu": 4096}  # tokens of one pass: a CPU's caches want few, a GPU many
 
 
 @contextmanager
@@ -41,8 +42,12 @@ def no_bars() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-class TransformersEngine:
-    """See `Engine`. `token_budget` bounds the tokens of one pass through the model (default: by device)."""
+class TransformersEngine(Engine):
+    """See `Engine`. `token_budget` bounds the tokens of one pass through the model (default: by device).
+
+    The prompts' common beginning (`root`) is run once and held once, if the model's attention is plain and sees all
+    of the prompt; else each prompt is run whole. Samples of a prompt are rows that branch where their tokens differ.
+    """
 
     def __init__(
         self,
@@ -51,14 +56,11 @@ class TransformersEngine:
         name: str = "",
         token_budget: int | None = None,
     ) -> None:
-        self.model = model.eval()
-        self.tokenizer = tokenizer
+        self.model, self.tokenizer, self.device = model.eval(), tokenizer, model.device
         self.name = name or str(model.config._name_or_path)
-        self.device: torch.device = model.device
-        self.token_budget = token_budget or BUDGET.get(self.device.type, 65536)
+        # A CPU's own caches want few tokens at a time, a GPU many: 8192 suit 16 GB.
+        self.token_budget = token_budget or (4096 if self.device.type == "cpu" else 8192)
         self.end_ids = _end_ids(model, tokenizer)
-        if problem := tree_problem(model):
-            raise EngineError(f"{self.name}: not for engine transformers ({problem}); use engine: vllm")
 
     @classmethod
     def load(cls, path: str | Path, dtype: str = "auto", device: str = "auto", **options: Any) -> TransformersEngine:
@@ -69,25 +71,24 @@ class TransformersEngine:
         tokenizer = AutoTokenizer.from_pretrained(path)
         return cls(model.to(where), tokenizer, str(path), **options)  # type: ignore[arg-type]
 
+    @torch.inference_mode()
     def generate(self, prompts: Sequence[Messages], sampling: Sampling) -> list[list[Completion]]:
         """As in `Engine`. A prompt's samples depend on the seed and on itself, not on its neighbours."""
         n, tokens = sampling.n, sampling.max_tokens
-        noise: torch.Tensor | None = None
+        whole = [encode_chat(self.tokenizer, messages) for messages in prompts]
+        prefix, rows = self._split(whole, tokens)
+        noise = torch.from_numpy(sample_noise(whole, sampling)) if sampling.temperature > 0 else None
         results: list[list[Completion]] = [[] for _ in prompts]
-        with attention(self.model):
-            prefix, rows = self._encode(prompts, tokens)
-            root = self._root(prefix)
-            if sampling.temperature > 0:
-                noise = torch.from_numpy(sample_noise(prefix, rows, sampling))
-            few = 8 + tokens // 16  # texts are short, as a rule, and end together
-            for batch in self._batches(rows, n * few, n * tokens):
+        with self._rooted(prefix):
+            # Counted as short: texts are, as a rule, and end together.
+            for batch in self._batches(rows, n * (8 + tokens // 16), n * tokens):
                 uniform = None if noise is None else noise[batch].flatten(0, 1).to(self.device)
-                texts = self._continue(root, [rows[i] for i in batch], sampling, uniform)
+                texts = self._continue(len(prefix), [rows[i] for i in batch], sampling, uniform)
                 for place, index in enumerate(batch):
-                    own = texts[place * n : (place + 1) * n]
-                    results[index] = [self._completion(ids, sampling) for ids in own]
+                    results[index] = [self._completion(ids, sampling) for ids in texts[place * n : (place + 1) * n]]
         return results
 
+    @torch.inference_mode()
     def score(
         self, prompts: Sequence[Messages], continuations: Sequence[Sequence[str]], temperature: float = 1.0
     ) -> list[list[float]]:
@@ -98,14 +99,16 @@ class TransformersEngine:
         known = {texts: Trie.of([ids[text] for text in texts]) for texts in set(map(tuple, continuations))}
         tries = [known[tuple(texts)] for texts in continuations]
         most = max((len(trie.tokens) for trie in tries), default=0)
-        limit = LOGITS // ((most + 1) * self.model.config.get_text_config().vocab_size)
+        prefix, rows = self._split([encode_chat(self.tokenizer, messages) for messages in prompts], most)
+        if not prefix and any(len(texts) > 1 for texts in continuations):  # a trie needs an attention of our own
+            pairs = [(prompt, [text]) for prompt, texts in zip(prompts, continuations, strict=True) for text in texts]
+            single = iter(self.score([prompt for prompt, _ in pairs], [text for _, text in pairs], temperature))
+            return [[next(single)[0] for _ in texts] for texts in continuations]
         results: list[list[float]] = [[] for _ in prompts]
-        with attention(self.model):
-            prefix, rows = self._encode(prompts, most)
-            root = self._root(prefix)
-            for batch in self._batches(rows, most, most, max(1, limit)):
-                scores = self._score(root, [rows[i] for i in batch], [tries[i] for i in batch], temperature)
-                for index, row in zip(batch, scores, strict=True):
+        with self._rooted(prefix):
+            for batch in self._batches(rows, most, most):
+                chosen = [rows[i] for i in batch], [tries[i] for i in batch]
+                for index, row in zip(batch, self._score(len(prefix), *chosen, temperature), strict=True):
                     results[index] = row
         return results
 
@@ -123,56 +126,74 @@ class TransformersEngine:
         """Frees the weights."""
         del self.model
 
-    def _encode(self, prompts: Sequence[Messages], more: int) -> tuple[Ids, list[Ids]]:
-        """The prompts' common beginning, and what follows it, if with `more` tokens all attention is still full."""
-        prefix, rows = split_prefix([encode_chat(self.tokenizer, messages) for messages in prompts])
-        longest = len(prefix) + max(map(len, rows), default=0) + more
-        if longest > window(self.model):
-            raise EngineError(f"{longest} tokens are beyond the sliding window of {self.name}; use engine: vllm")
-        return prefix, rows
+    def _split(self, whole: list[Ids], more: int) -> tuple[Ids, list[Ids]]:
+        """The root, and what follows it in each row; without a root where the model cannot share one."""
+        longest = max(map(len, whole), default=0) + more
+        return split_prefix(whole) if longest <= shared_length(self.model) else ([], whole)
 
-    def _root(self, prefix: Ids) -> Level | None:
-        """The common prefix, computed once."""
+    @contextmanager
+    def _rooted(self, prefix: Ids) -> Iterator[None]:
+        """Inside, every row goes on from `prefix`."""
         if not prefix:
-            return None
-        tree = Tree(self.model)
-        tree.extend(self._tensor([prefix]), self._tensor(np.tri(len(prefix), dtype=bool))[None])
-        return tree.level()
+            yield
+            return
+        root = DynamicCache()
+        self.model(input_ids=self._tensor([prefix]), past_key_values=root, logits_to_keep=1)
+        before = self.model.config._attn_implementation
+        AttentionInterface.register(ROOTED, partial(rooted_attention, root))
+        self.model.set_attn_implementation(ROOTED)
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(before)
 
-    def _padded(self, rows: list[Ids]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids [rows, width] with pads on the left, and what each token sees [rows or 1, width, width]."""
+    def _run(self, start: int, ids: Tensor, mask: Tensor, cache: DynamicCache, keep: int = 1) -> Tensor:
+        """Logits [rows, keep, vocabulary] of the last of `ids` [rows, width], after `start` tokens of the root.
+
+        `mask` [rows, length] is 0 for pads, or, [rows, 1, width, length], says what each token sees.
+        """
+        seen = mask[:, 0].sum(-1) if mask.dim() == 4 else mask.cumsum(-1)[:, -ids.shape[1] :]
+        logits: Tensor = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(start + seen - 1).clamp(min=0),
+            past_key_values=cache,
+            logits_to_keep=keep,
+        ).logits
+        return logits
+
+    def _padded(self, rows: list[Ids]) -> tuple[Tensor, Tensor]:
+        """Ids and mask [rows, width], with pads on the left."""
         width = max(map(len, rows))
         ids = self._tensor([[0] * (width - len(row)) + row for row in rows])
-        places = torch.arange(width, device=self.device)
-        seen = (places[:, None] >= places)[None]
-        if any(len(row) < width for row in rows):
-            seen = seen & (places >= self._tensor([width - len(row) for row in rows])[:, None])[:, None]
-        return ids, seen
+        return ids, self._tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
 
-    def _continue(
-        self, root: Level | None, rows: list[Ids], sampling: Sampling, uniform: torch.Tensor | None
-    ) -> list[Ids]:
+    def _continue(self, start: int, rows: list[Ids], sampling: Sampling, uniform: Tensor | None) -> list[Ids]:
         """Generated ids of `n` texts of each row, in row order, with the end token; equal beginnings are run once."""
-        tree = Tree(self.model, root, len(rows))
-        logits = tree.extend(*self._padded(rows))[:, -1]
-        tree.fork()
-        done: list[Ids] = [[] for _ in range(len(rows) * sampling.n)]
-        alive = list(range(len(done)))
-        branch = torch.arange(len(rows), device=self.device).repeat_interleave(sampling.n)
+        ids, mask = self._padded(rows)
+        cache = DynamicCache() if start else DynamicCache(config=self.model.config)
+        logits = self._run(start, ids, mask, cache)[:, -1]
+        size = logits.shape[-1]
+        texts: list[Ids] = [[] for _ in range(len(rows) * sampling.n)]
+        alive = list(range(len(texts)))
+        branch = torch.arange(len(rows), device=self.device).repeat_interleave(sampling.n)  # the row of each alive text
         for step in range(sampling.max_tokens):
             drawn = None if uniform is None else uniform[alive, step]
             token = pick_tokens(logits, branch, sampling.temperature, drawn)
             for index, new in zip(alive, token.tolist(), strict=True):
-                done[index].append(new)
-            going = [place for place, index in enumerate(alive) if not self._ended(done[index], sampling)]
+                texts[index].append(new)
+            going = [place for place, index in enumerate(alive) if not self._ended(texts[index], sampling)]
             if not going or step + 1 == sampling.max_tokens:
                 break
             alive = [alive[place] for place in going]
-            size = logits.shape[-1]
             nodes, branch = torch.unique(branch[going] * size + token[going], return_inverse=True)
-            tree.select(nodes // size)
-            logits = tree.extend(nodes[:, None] % size)[:, -1]
-        return done
+            parents = nodes // size
+            if len(parents) != len(mask) or bool((parents[1:] == parents[:-1]).any()):
+                cache.reorder_cache(parents)
+                mask = mask[parents]
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            logits = self._run(start, nodes[:, None] % size, mask, cache)[:, -1]
+        return texts
 
     def _ended(self, ids: Ids, sampling: Sampling) -> bool:
         return ids[-1] in self.end_ids or bool(sampling.stop and self._completion(ids, sampling).finished)
@@ -182,56 +203,100 @@ class TransformersEngine:
         text = cut_at_stop(whole, sampling.stop)
         return Completion(text, len(ids), ids[-1] in self.end_ids or text != whole)
 
-    def _score(self, root: Level | None, rows: list[Ids], tries: list[Trie], temperature: float) -> list[list[float]]:
+    def _score(self, start: int, rows: list[Ids], tries: list[Trie], temperature: float) -> list[list[float]]:
         """Log-probabilities of the ends of each row's trie."""
-        ids, causal = self._padded(rows)
-        width, most = ids.shape[1], max(len(trie.tokens) for trie in tries)
-        ids = torch.nn.functional.pad(ids, (0, most))
-        seen = torch.zeros(len(rows), width + most, width + most, dtype=torch.bool, device=self.device)
-        seen[:, :width, :width] = causal
-        seen[:, width:, :width] = causal[:, -1:]
+        ids, mask = self._padded([row + trie.tokens for row, trie in zip(rows, tries, strict=True)])
+        most = max(len(trie.tokens) for trie in tries)
+        if start:
+            seen = mask[:, None, None].bool() & torch.ones_like(mask[0]).diag().cumsum(0).bool()
+            for row, trie in zip(seen[:, 0], tries, strict=True):
+                own = row.shape[0] - len(trie.tokens)
+                row[own:, own:] = self._tensor(trie.seen)
+            mask = seen
+        logits = self._run(start, ids, mask, DynamicCache(), most + 1).float() / temperature
+        total = logits.logsumexp(-1)
+        scores = []
         for row, trie in enumerate(tries):
-            own = slice(width, width + len(trie.tokens))
-            ids[row, own] = self._tensor(trie.tokens)
-            seen[row, own, own] = self._tensor(trie.seen)
-        logits = Tree(self.model, root, len(rows)).extend(ids, seen, most + 1).float() / temperature
-        sizes, counts = [len(trie.steps) for trie in tries], [trie.ends for trie in tries]
-        rank = np.repeat(np.arange(len(tries)), sizes)
-        first = np.repeat(np.cumsum([0, *counts[:-1]]), sizes)
-        steps = np.column_stack([rank, np.concatenate([trie.steps for trie in tries])])
-        at, node, token, end = self._tensor(steps).unbind(1)
-        gains = logits[at, node, token] - logits.logsumexp(-1)[at, node]
-        total = gains.new_zeros(sum(counts)).index_add(0, end + self._tensor(first), gains)
-        return [part.tolist() for part in torch.split(total, counts)]
+            node, token, end = self._tensor(trie.steps).unbind(1)
+            node += most - len(trie.tokens)
+            gains = logits[row, node, token] - total[row, node]
+            scores.append(gains.new_zeros(trie.ends).index_add(0, end, gains).tolist())
+        return scores
 
-    def _batches(self, rows: list[Ids], ahead: int, held: int, most: int | None = None) -> Iterator[list[int]]:
-        """Indices of rows, longest first: at most `most`, and as many as budget and memory allow.
+    def _batches(self, rows: list[Ids], ahead: int, held: int) -> Iterator[list[int]]:
+        """Indices of rows, longest first: as many as the budget allows when a row counts with `ahead` tokens to come.
 
-        After its own tokens a row is counted with `ahead` tokens in the budget, and may come to hold `held`.
+        A row may come to hold `held` tokens more; the keys and values of eight budgets must fit into the memory.
         """
-        memory = self._cache_tokens()
         batch: list[int] = []
         for index in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
             width, count = (len(rows[batch[0]]) if batch else 0), len(batch) + 1
-            full = count * (width + ahead) > self.token_budget or count * (width + held) > memory
-            if batch and (full or len(batch) == most):
+            if batch and max(count * (width + ahead), count * (width + held) // 8) > self.token_budget:
                 yield batch
                 batch = []
             batch.append(index)
         if batch:
             yield batch
 
-    def _cache_tokens(self) -> int:
-        """Tokens whose keys and values fit into half the GPU's free memory, or into CPU_CACHE."""
-        config = self.model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        each = 2 * config.num_hidden_layers * heads * size * self.model.dtype.itemsize
-        free = torch.cuda.mem_get_info(self.device)[0] // 2 if self.device.type == "cuda" else CPU_CACHE
-        return int(free // each)
-
-    def _tensor(self, values: Any) -> torch.Tensor:
+    def _tensor(self, values: Any) -> Tensor:
         return torch.tensor(values, device=self.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Attention over a shared beginning, after Juravsky et al. 2024, "Hydragen", arXiv 2402.05099
+
+ROOTED = "foggen_rooted"
+
+
+def rooted_attention(
+    root: DynamicCache,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of `query` [rows, heads, width, size] over the one root and the rows' own `key` and `value`."""
+    layer: Any = root.layers[module.layer_idx]  # type: ignore[index]
+    rows, heads, width, size = query.shape
+    groups, length = key.shape[1], layer.keys.shape[2]
+    if width > 1:  # prompts: long enough for the fused kernel to be worth copies of the root
+        keys, values = (
+            torch.cat([shared.expand(rows, -1, -1, -1), own], 2)
+            for shared, own in ((layer.keys, key), (layer.values, value))
+        )
+        mask = torch.nn.functional.pad(attention_mask, (length, 0), value=True)
+        return sdpa_attention_forward(module, query, keys, values, mask, scaling=scaling)
+    query = (query * (scaling or size**-0.5)).view(rows, groups, -1, size)
+    shared = query.transpose(0, 1).flatten(1, 2) @ layer.keys[0].transpose(1, 2)
+    shared = shared.view(groups, rows, -1, length).transpose(0, 1)
+    own = (query @ key.transpose(2, 3)).masked_fill(~attention_mask, -math.inf)
+    weights = torch.cat([shared, own], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
+    out = weights[..., length:] @ value
+    shared = weights[..., :length].transpose(0, 1).flatten(1, 2) @ layer.values[0]
+    out += shared.view(groups, rows, -1, size).transpose(0, 1)
+    return out.view(rows, 1, heads, size), None
+
+
+def whole_mask(**given: Any) -> Tensor | None:
+    """What each token sees, also where the usual kernel would not ask."""
+    return sdpa_mask(**{**given, "allow_is_causal_skip": False})
+
+
+AttentionMaskInterface.register(ROOTED, whole_mask)
+
+
+def shared_length(model: PreTrainedModel) -> float:
+    """Tokens up to which rows may share a root: each layer must attend as torch does, and to all."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
+        return 0
+    if kinds - {"full_attention", "sliding_attention"}:
+        return 0
+    return config.sliding_window or math.inf if "sliding_attention" in kinds else math.inf
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -256,12 +321,12 @@ def split_prefix(rows: list[Ids]) -> tuple[Ids, list[Ids]]:
     return low[:common], [row[common:] for row in rows]
 
 
-def sample_noise(prefix: Ids, rows: list[Ids], sampling: Sampling) -> np.ndarray[Any, np.dtype[np.float64]]:
+def sample_noise(rows: list[Ids], sampling: Sampling) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Uniform numbers [rows, n, max_tokens]: a function of the seed, the row and how often it came before."""
     seen: Counter[bytes] = Counter()
     noise = np.empty((len(rows), sampling.n, sampling.max_tokens))
     for index, row in enumerate(rows):
-        text = repr((sampling.seed, prefix + row)).encode()
+        text = repr((sampling.seed, row)).encode()
         key = hashlib.sha256(text + repr(seen[text]).encode()).digest()
         seen[text] += 1
         generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little")))
@@ -293,9 +358,7 @@ class Trie(NamedTuple):
         return cls(tokens, seen[1:, 1:], np.array(steps, dtype=np.int64).reshape(-1, 3), len(ends))
 
 
-def pick_tokens(
-    logits: torch.Tensor, branch: torch.Tensor, temperature: float, uniform: torch.Tensor | None
-) -> torch.Tensor:
+def pick_tokens(logits: Tensor, branch: Tensor, temperature: float, uniform: Tensor | None) -> Tensor:
     """A token a text from its branch's logits: greedy, or where the cumulated probability passes `uniform`."""
     if uniform is None:
         return logits.argmax(-1)[branch]
