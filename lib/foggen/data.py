@@ -5,7 +5,6 @@ Knows the profile's `data` settings and nothing about models.
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from typing import Any
 
@@ -18,6 +17,7 @@ from foggen.questions import (
     Question,
     QuestionError,
     check_rows,
+    draw,
     load_open_questions,
     load_questions,
     question_files,
@@ -107,20 +107,14 @@ def load_source(source: Source) -> dict[str, list[Question]]:
     """
     if is_local(source.path):
         files = question_files(ROOT / source.path)
-        return {file.stem: _few(load_questions(file, source.columns, source.domain), source.rows) for file in files}
+        groups = {file.stem: load_questions(file, source.columns, source.domain) for file in files}
+        return {name: draw(group, source.rows, seed=0) if source.rows else group for name, group in groups.items()}
     from datasets import load_dataset
 
     with explained(source.path, "dataset", source.revision):
         found = load_dataset(source.path, source.name, split=source.split, revision=source.revision, token=token())
     tables = {source.split: found} if source.split else found
     return {str(split): _from_table(table, str(split), source) for split, table in tables.items()}
-
-
-def _few(questions: list[Question], n: int | None) -> list[Question]:
-    """At most `n` at random, in the order given."""
-    if n is None or n >= len(questions):
-        return questions
-    return [questions[index] for index in sorted(random.Random(0).sample(range(len(questions)), n))]
 
 
 def _from_table(table: Any, split: str, source: Source) -> list[Question]:
