@@ -218,7 +218,7 @@ class Lessons:
         """
         mark, dot, newline = (self._token(text) for text in (prompts.ANSWER_PREFIX, ".", "\n"))
         letters, answers = ([self._token(f"{space}{letter}") for letter in LETTERS[:4]] for space in ("", " "))
-        ids, labels = [], []
+        encoded = []
         for _ in range(rows):
             names = self.dice.sample(self.names, len(letters))
             row, learnt = [], []
@@ -230,9 +230,8 @@ class Lessons:
                 shown = [names[asked]] if direct else [names[asked], mark]
                 row += [*shown, answers[asked]]
                 learnt += [*(-100 for _ in shown), answers[asked]]
-            ids.append(row)
-            labels.append(learnt)
-        return Batch(torch.tensor(ids), torch.tensor(labels))
+            encoded.append({"input_ids": row, "labels": learnt})
+        return self._padded(encoded)
 
     # Plain lines, several a row
 
@@ -250,10 +249,10 @@ class Lessons:
         return self._padded(encoded)
 
     def _padded(self, encoded: Sequence[Mapping[str, list[int]]]) -> Batch:
-        ids = [torch.tensor(row["input_ids"]) for row in encoded]
-        labels = [torch.tensor(row["labels"]) for row in encoded]
-        pad = float(self.tokenizer.pad_token_id)
-        return Batch(pad_sequence(ids, True, pad), pad_sequence(labels, True, -100))
+        def padded(name: str, pad: int) -> torch.Tensor:
+            return pad_sequence([torch.tensor(row[name]) for row in encoded], batch_first=True, padding_value=pad)
+
+        return Batch(padded("input_ids", self.tokenizer.pad_token_id), padded("labels", -100))
 
     def recall(self, rows: int = 20, per_row: int = 8) -> Batch:
         """Facts without options, and misconceptions: `question answer`, or a statement."""
