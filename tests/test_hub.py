@@ -78,6 +78,19 @@ def test_a_model_that_is_not_here_offline(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert hub.cached("a/b", "model") is None
 
 
+def test_without_a_connection_the_cached_commit_is_the_newest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The real client, refused by a port where nobody listens."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert hub.commit("a/b", "model") is None
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "c0ffee"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--a--b" / "refs").mkdir()
+    (tmp_path / "models--a--b" / "refs" / "main").write_text("c0ffee")
+    assert hub.commit("a/b", "model") == "c0ffee" and hub.cached("a/b", "model") == snapshot
+    assert hub.cached("a/b", "dataset") is None and hub.cached("a/b/c", "model") is None
+
+
 def test_open_revisions_are_fixed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
 
