@@ -446,10 +446,12 @@ def test_an_empty_verification_is_one_that_could_not_be_read() -> None:
 
 
 def test_lift_over_random(outcomes: pd.DataFrame) -> None:
-    found = automix.worth(outcomes, [np.full(400, True), np.full(400, False)])
-    assert found.lift[0] == pytest.approx([0.0, 0.0], abs=1e-12) and found.rho[0].tolist() == [1.0, 0.0]
+    every, none = automix.worth(outcomes, [np.full(400, True), np.full(400, False)], [Costs()] * 2)
+    assert every["lift"] == pytest.approx([0.0], abs=1e-12) == none["lift"]
+    assert every["routed"].tolist() == [1.0] and none["routed"].tolist() == [0.0]
     toy = table([0, 1], [0, 1], [1, 1]).assign(domain="law")
-    assert automix.worth(toy, [np.array([True, False])]).lift[0] == pytest.approx(0.25)  # 1.0 against 0.75
+    (one,) = automix.worth(toy, [np.array([True, False])], [Costs()])
+    assert one["lift"] == pytest.approx([0.25])  # 1.0 against 0.75
 
 
 def test_intervals_hold_their_values_and_refitting_widens_them(outcomes: pd.DataFrame) -> None:

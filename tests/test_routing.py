@@ -127,6 +127,30 @@ def test_three_formats_read_alike(tmp_path: Path, ending: str) -> None:
     assert read["domain"].iloc[0] == "NA" and math.isnan(read["confidence"].iloc[3])
 
 
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_a_confidence_that_was_never_readable_is_a_column_too(tmp_path: Path, ending: str) -> None:
+    outcomes, path = make_outcomes(20).assign(confidence=None), tmp_path / f"outcomes.{ending}"
+    {
+        "csv": lambda: outcomes.to_csv(path, index=False),
+        "jsonl": lambda: outcomes.to_json(path, orient="records", lines=True),
+        "parquet": lambda: outcomes.to_parquet(path),
+    }[ending]()
+    read = read_outcomes(path)
+    assert read["confidence"].isna().all() and (routing.routing_table(read, resamples=5)["routed"] == 1).all()
+
+
+def test_json_lines_may_be_blank_and_keep_what_they_say(tmp_path: Path) -> None:
+    rows = ['{"id": "007", "domain": "2026-01-02", "local_correct": true, "cloud_correct": 1, "confidence": 0.1}', ""]
+    rows += [
+        '{"id": 9007199254740993, "domain": "заң", "local_correct": 0, "cloud_correct": 1, "confidence": null}',
+        "",
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    read = read_outcomes(tmp_path / "a.jsonl")
+    assert read["id"].tolist() == ["007", "9007199254740993"] and read["domain"].tolist() == ["2026-01-02", "заң"]
+    assert read["local_correct"].tolist() == [1, 0] and read["confidence"].iloc[0] == 0.1
+
+
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [

@@ -244,21 +244,14 @@ def fit(method: Method, outcomes: pd.DataFrame, costs: Costs, bins: int = BINS, 
 # Beside a one-pass confidence router
 
 
-class Worth(NamedTuple):
-    """Means over domains, in every resample: P_S and P_L - P_S (resamples,); P - P_S, rho and lift (resamples, masks).
+def worth(
+    outcomes: pd.DataFrame, masks: Sequence[Mask], costs: Sequence[Costs], resamples: int = 0, seed: int = 0
+) -> list[dict[str, Floats]]:
+    """What each mask of routed rows is worth at its costs, as means over domains: the fields of `Price`, and `lift`.
 
-    The lift is that above sending the same share of each domain at random.
+    Each is an array (1 + resamples,): the value, then its bootstrap copies. The lift is that above sending the same
+    share of each domain at random.
     """
-
-    small: Floats
-    gap: Floats
-    gain: Floats
-    rho: Floats
-    lift: Floats
-
-
-def worth(outcomes: pd.DataFrame, masks: Sequence[Mask], resamples: int = 0, seed: int = 0) -> Worth:
-    """What each mask of routed rows is worth: the values as resample 0, then `resamples` bootstrap copies."""
     frame = outcomes.assign(_row=np.arange(len(outcomes)))
     routed = np.array(masks, dtype=float).T
 
@@ -269,10 +262,10 @@ def worth(outcomes: pd.DataFrame, masks: Sequence[Mask], resamples: int = 0, see
         gain, rho = np.split(means[:, 2:], 2, axis=1)
         return np.concatenate([means, gain - rho * means[:, 1:2]], axis=1)
 
-    names = [""] * (2 + 3 * len(masks))
-    result = stats.bootstrap(frame, statistic, names, resamples, seed)
-    means = np.concatenate([result.point[-1:], result.draws[-1]])
-    return Worth(means[:, 0], means[:, 1], *np.split(means[:, 2:], 3, axis=1))
+    result = stats.bootstrap(frame, statistic, [""] * (2 + 3 * len(masks)), resamples, seed)
+    (small, gap), each = np.split(np.concatenate([result.point[-1:], result.draws[-1]]).T, [2])
+    parts = zip(*np.split(each, 3), costs, strict=True)
+    return [_price(small, gap, gain, rho, own)._asdict() | {"lift": lift} for gain, rho, lift, own in parts]
 
 
 def _settings(outcomes: pd.DataFrame, ratios: Sequence[float]) -> list[tuple[str, Costs]]:
@@ -314,8 +307,7 @@ def comparison_table(
         masks.append(policy.route(v))
         paid.append(costs)
     named = pd.DataFrame(rows, columns=["method", "parameter", "n", "ratio", "c_V", "forward_passes", "tokens"])
-    values = worth(outcomes, masks, resamples, seed)
-    measured = pd.DataFrame([_priced(values, place, costs) for place, costs in enumerate(paid)])
+    measured = pd.DataFrame([_summary(pd.DataFrame(one)) for one in worth(outcomes, masks, paid, resamples, seed)])
     return _explained(pd.concat([named.iloc[:, :5], measured, named.iloc[:, 5:]], axis=1))
 
 
@@ -331,15 +323,12 @@ def _unsure(outcomes: pd.DataFrame, tau: float) -> Mask:
     return unsure
 
 
-def _priced(values: Worth, place: int, costs: Costs) -> dict[str, float]:
-    """Price and lift of the mask at `place`, with 95% intervals."""
-    prices = _price(values.small, values.gap, values.gain[:, place], values.rho[:, place], costs)
-    found = pd.DataFrame(prices._asdict() | {"lift": values.lift[:, place]})
-    ends = found.loc[1:, ["accuracy", "routed", "lift", "dibc"]].quantile([0.025, 0.975])  # passes over undefined ones
-    low, high = ends.to_dict("records")
-    row: dict[str, float] = found.loc[0].to_dict()
-    for name in ends:
-        row |= {f"{name}_low": low[name], f"{name}_high": high[name]}
+def _summary(drawn: pd.DataFrame) -> dict[str, float]:
+    """The values of `worth`, and 95% intervals of some."""
+    row: dict[str, float] = drawn.loc[0].to_dict()
+    ends = drawn.loc[1:, ["accuracy", "routed", "lift", "dibc"]].quantile([0.025, 0.975])  # passes over undefined ones
+    for name, (low, high) in ends.items():
+        row |= {f"{name}_low": low, f"{name}_high": high}
     return row
 
 
@@ -360,13 +349,12 @@ def refitted_table(
     """
 
     def evaluate(policies: list[Policy], frame: pd.DataFrame) -> pd.DataFrame:
-        v = shares(frame)
-        one = worth(frame, [_unsure(frame, tau), *(policy.route(v) for policy in policies)])
-        each = zip(one.gain[0], one.rho[0], [replace(costs, verify=0.0)] + [costs] * len(policies), strict=True)
-        prices = [_price(one.small[0], one.gap[0], gain, rho, own) for gain, rho, own in each]
-        table = pd.DataFrame(prices, ["FogGen", *methods])[["accuracy", "routed", "dibc"]]
-        return table.assign(lift=one.lift[0], difference=one.lift[0, 0] - one.lift[0])
+        masks = [_unsure(frame, tau), *(policy.route(shares(frame)) for policy in policies)]
+        paid = [replace(costs, verify=0.0)] + [costs] * len(policies)
+        table = pd.DataFrame([{name: float(one[name][0]) for name in shown} for one in worth(frame, masks, paid)])
+        return table.set_axis(["FogGen", *methods]).assign(difference=table["lift"][0] - table["lift"].to_numpy())
 
+    shown = ["accuracy", "routed", "dibc", "lift"]
     names = ["id", "domain", "fact", "local_correct", "cloud_correct", "confidence", "verification"]
     dev, test = (frame[[name for name in names if name in frame]] for frame in (fit_outcomes, outcomes))
     result = stats.nested_bootstrap(

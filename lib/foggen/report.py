@@ -69,12 +69,11 @@ def make_figures(outcomes: pd.DataFrame, table: pd.DataFrame, tau: float, seed: 
     """Every figure of the report by its title."""
     known = {column: label for column, label in SCORES.items() if column in outcomes}
     curves = {label: routing.share_curve(outcomes, column, resamples=200, seed=seed) for column, label in known.items()}
-    mean = table.iloc[-1]
-    point = (mean["routed"], mean["sysacc"])
+    routed, sysacc = table[["routed", "sysacc"]].iloc[-1]
     figures = {
-        "Accuracy against cloud share": plots.accuracy_curve(curves[SCORES["confidence"]], point, tau=tau),
+        "Accuracy against cloud share": plots.accuracy_curve(curves[SCORES["confidence"]], (routed, sysacc), tau=tau),
         "Domains": plots.domain_dumbbells(table),
-        "Lift of several scores": plots.matched_curves(curves, mean["routed"]),
+        "Lift of several scores": plots.matched_curves(curves, routed),
         "Risk and coverage": plots.risk_coverage(outcomes, known, tau),
     }
     for column in STATED.intersection(outcomes.columns[outcomes.notna().any()]):
@@ -88,13 +87,7 @@ def _slug(title: str) -> str:
 
 
 def write_report(
-    outcomes: pd.DataFrame,
-    out: Path,
-    title: str,
-    train: pd.DataFrame | None = None,
-    tau: float = 0.5,
-    resamples: int = 2000,
-    seed: int = 0,
+    outcomes: pd.DataFrame, out: Path, title: str, train: pd.DataFrame | None, tau: float, resamples: int, seed: int
 ) -> Path:
     """Write tables/*.md and *.csv, figures/*.png and *.svg and a self-contained index.html into `out`."""
     tables = make_tables(outcomes, train, tau, resamples, seed)
