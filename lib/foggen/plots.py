@@ -273,11 +273,11 @@ def round_curves(rounds: pd.DataFrame) -> Figure:
     A line a domain; their mean is drawn bold, with its 95% band.
     """
     figure, grid = _axes(2, 3, (9.6, 6.5), sharex=True)
+    mean, inner = rounds[rounds["domain"] == MEAN], rounds[rounds["domain"] != MEAN]
     for axes, (name, title) in zip(grid.flat, PANELS.items(), strict=False):
-        for i, (domain, part) in enumerate(rounds[rounds["domain"] != MEAN].groupby("domain", sort=False)):
+        for i, (domain, part) in enumerate(inner.groupby("domain", sort=False)):
             look = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "label": str(domain).replace("_", " ")}
             axes.plot(part["round"], part[name], ms=3.5, lw=1.1, **look)
-        mean = rounds[rounds["domain"] == MEAN]
         band = (mean["round"], mean[f"{name}_low"], mean[f"{name}_high"])
         axes.fill_between(*band, color=GREY, alpha=0.35, lw=0, zorder=3, label="95% of the mean")
         axes.plot(mean["round"], mean[name], color=BLACK, lw=2.6, zorder=4, label=MEAN)
