@@ -18,6 +18,7 @@ from foggen import automix
 from foggen.automix import CANDIDATES, Costs, Method, Policy
 from foggen.engines import Completion
 from foggen.questions import Question
+from foggen.routing import percent
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "automix"
 PEER_COLUMNS = {"verification": "p_ver_13b", "local_correct": "llama13b_f1", "cloud_correct": "llama70b_f1"}
@@ -462,6 +463,7 @@ def test_intervals_hold_their_values_and_refitting_widens_them(outcomes: pd.Data
         assert (fixed[f"{name}_low"] <= fixed[name]).all() and (fixed[name] <= fixed[f"{name}_high"]).all()
         assert again.loc["POMDP", name] == pytest.approx(fixed.loc[("POMDP", "1 c_S"), name])
         assert again.loc["FogGen", name] == pytest.approx(fixed.loc[("FogGen", "0 c_S"), name])
+    assert percent(again)["dibc"].str.fullmatch(r"-?[\d.]+ \[-?[\d.]+, -?[\d.]+\]").all()
     width, once = again["routed_high"] - again["routed_low"], fixed["routed_high"] - fixed["routed_low"]
     assert width["POMDP"] > once[("POMDP", "1 c_S")]
     assert again.loc["FogGen", "difference"] == again.loc["FogGen", "difference_high"] == 0
