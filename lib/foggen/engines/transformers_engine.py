@@ -178,8 +178,7 @@ class TransformersEngine(Engine):
         alive = list(range(len(texts)))
         branch = torch.arange(len(rows), device=self.device).repeat_interleave(sampling.n)  # the row of each alive text
         for step in range(sampling.max_tokens):
-            drawn = None if uniform is None else uniform[alive, step]
-            token = pick_tokens(logits, branch, sampling.temperature, drawn)
+            token = pick_tokens(logits, branch, sampling.temperature, None if uniform is None else uniform[alive, step])
             for index, new in zip(alive, token.tolist(), strict=True):
                 texts[index].append(new)
             going = [place for place, index in enumerate(alive) if not self._ended(texts[index], sampling)]
@@ -292,9 +291,8 @@ def shared_length(model: PreTrainedModel) -> float:
     """Tokens up to which rows may share a root: each layer must attend as torch does, and to all."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or [])
-    if config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
-        return 0
-    if kinds - {"full_attention", "sliding_attention"}:
+    plain = config._attn_implementation == "sdpa" and model._can_set_attn_implementation()
+    if not plain or kinds - {"full_attention", "sliding_attention"}:
         return 0
     return config.sliding_window or math.inf if "sliding_attention" in kinds else math.inf
 
