@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,12 +21,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.ndimage import gaussian_filter1d
 
 from foggen import stats
-from foggen.engines import Sampling
+from foggen.engines import Engine, Sampling
 from foggen.prompts import parse_verification, verify_messages
-
-if TYPE_CHECKING:
-    from foggen.engines import Engine
-    from foggen.questions import Question
+from foggen.questions import Question
 
 Method = Literal[
     "Threshold", "DoubleThreshold", "TripleThreshold", "SelfConsistency", "POMDPSimple", "GreedyPOMDP", "POMDP"

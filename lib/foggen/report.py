@@ -19,13 +19,8 @@ from foggen import plots, routing, stats
 from foggen.stats import MEAN
 from foggen.store import write_text
 
-SCORES = {
-    "confidence": "stated confidence",
-    "graded_confidence": "graded confidence",
-    "option_probability": "max option probability",
-    "p_true": "P(True)",
-    "verification": "verification share",
-}
+SCORES = {column: name for column, (name, *_) in routing.SCORES.items()}
+SCORES |= {"confidence": "stated confidence", "verification": "verification share"}
 STATED = pd.Index(["confidence", "graded_confidence"])  # probabilities, so they can be calibrated
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body{{font:15px/1.5 sans-serif;max-width:68rem;margin:2rem auto;padding:0 1rem;color:#222}}
