@@ -78,8 +78,8 @@ class Bootstrap:
         cut = [replace(self, metrics=self.metrics[p], point=self.point[:, p], draws=self.draws[..., p]) for p in parts]
         return dict(zip(names, cut, strict=True))
 
-    def interval(self) -> tuple[Array, Array]:
-        """95% percentile interval, each (rows, metrics), widened for few units and moved to centre draws on the point.
+    def interval(self, level: float = 0.95) -> tuple[Array, Array]:
+        """Percentile interval, each (rows, metrics), widened for few units and moved to centre the draws on the point.
 
         The widening is Hesterberg's (2015): a t quantile, and n / (n - 1) for the variance. The move matters for the
         debiased ECE, whose draws lie too high. Not BCa: it covers accuracies, lifts and AUROC as well (93-96%), the
@@ -87,7 +87,7 @@ class Bootstrap:
         mean with it: near perfect calibration no interval here covers. Plain ECE and reliability are biased upwards.
         """
         n = np.maximum(self.units, 2)
-        tails = ndtr(np.sqrt(n / (n - 1)) * student.ppf(0.025, n - 1))
+        tails = ndtr(np.sqrt(n / (n - 1)) * student.ppf((1 - level) / 2, n - 1))
         with warnings.catch_warnings():  # an undefined metric has no draws; the table's note explains it
             warnings.simplefilter("ignore", RuntimeWarning)
             ends = [np.nanquantile(row, [q, 0.5, 1 - q], axis=0) for row, q in zip(self.draws, tails, strict=True)]
