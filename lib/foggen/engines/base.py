@@ -44,25 +44,20 @@ class Engine(Protocol):
 
     def generate(self, prompts: Sequence[Messages], sampling: Sampling) -> list[list[Completion]]:
         """`sampling.n` completions for each prompt."""
-        ...
 
     def score(
         self, prompts: Sequence[Messages], continuations: Sequence[Sequence[str]], temperature: float = 1.0
     ) -> list[list[float]]:
         """log P(continuation | prompt) in nats, under softmax(logits / temperature) over all tokens."""
-        ...
 
     def sleep(self) -> None:
         """Frees the accelerator for something else (a fine-tuning), until the next `reload`."""
-        ...
 
     def reload(self, path: Path) -> None:
         """Takes the weights in `path` (same architecture and tokenizer), in place."""
-        ...
 
     def close(self) -> None:
         """Frees what the engine holds."""
-        ...
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str:

@@ -102,10 +102,8 @@ class OpenAIEngine(Engine):
             future = pool.submit(asyncio.run, self._ask(todo, n, key))
             try:
                 future.result()
-            except BaseException:
-                self._failed = EngineError(
-                    "interrupted"
-                )  # Ctrl-C: answers on their way are still kept, nothing new is asked
+            except BaseException:  # such as Ctrl-C: answers on their way are still kept, nothing new is asked
+                self._failed = EngineError("interrupted")
                 raise
         if self._failed:
             raise self._failed
@@ -153,8 +151,7 @@ class OpenAIEngine(Engine):
     def _note(self, error: Exception, message: str) -> None:
         """Counts a failure, or makes it the end of this run."""
         status = getattr(error, "status_code", 500)
-        setting = SETTINGS.get(status, "the server's log").format(key_variable=self.key_variable)
-        advice = f"check {setting}"
+        advice = "check " + SETTINGS.get(status, "the server's log").format(key_variable=self.key_variable)
         if status in (408, 409, 429) or status >= 500:
             advice = f"gave up after {self.max_retries} retries (`max_retries`); run again to resume"
             if self.on_cloud_failure == "keep_local":
