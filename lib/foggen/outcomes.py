@@ -126,10 +126,7 @@ class Examination(_Examiner):
     def _p_true(self, engine: Engine, answers: Iterable[str]) -> list[float]:
         """P(True): the probability of the verdict "Correct" against "Incorrect", asked without any reasoning."""
         decide = {"role": "assistant", "content": VERIFY_DECISION}
-        asked = [
-            [*verify_messages(question, answer), decide]
-            for question, answer in zip(self.questions, answers, strict=True)
-        ]
+        asked = [[*verify_messages(*pair), decide] for pair in zip(self.questions, answers, strict=True)]
         scores = np.array(engine.score(asked, [[" Correct.", " Incorrect."]] * len(asked)))
         return [float(p) for p in 1 / (1 + np.exp(scores[:, 1] - scores[:, 0]))]
 
