@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -261,22 +260,16 @@ def rooted_attention(
     layer: Any = root.layers[module.layer_idx]  # type: ignore[index]
     rows, heads, width, size = query.shape
     groups, length = key.shape[1], layer.keys.shape[2]
-    if width > 1:  # prompts: long enough for the fused kernel to be worth copies of the root
-        keys, values = (
-            torch.cat([shared.expand(rows, -1, -1, -1), own], 2)
-            for shared, own in ((layer.keys, key), (layer.values, value))
-        )
-        mask = torch.nn.functional.pad(attention_mask, (length, 0), value=True)
-        return sdpa_attention_forward(module, query, keys, values, mask, scaling=scaling)
-    query = (query * (scaling or size**-0.5)).view(rows, groups, -1, size)
+    query = (query * (scaling or size**-0.5)).reshape(rows, groups, -1, size)
     shared = query.transpose(0, 1).flatten(1, 2) @ layer.keys[0].transpose(1, 2)
     shared = shared.view(groups, rows, -1, length).transpose(0, 1)
-    own = (query @ key.transpose(2, 3)).masked_fill(~attention_mask, -math.inf)
+    own = (query @ key.transpose(2, 3)).view(rows, groups, -1, width, key.shape[2])
+    own = own.masked_fill(~attention_mask[:, :, None], -math.inf).flatten(2, 3)
     weights = torch.cat([shared, own], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
     out = weights[..., length:] @ value
     shared = weights[..., :length].transpose(0, 1).flatten(1, 2) @ layer.values[0]
     out += shared.view(groups, rows, -1, size).transpose(0, 1)
-    return out.view(rows, 1, heads, size), None
+    return out.view(rows, heads, width, size).transpose(1, 2), None
 
 
 def whole_mask(**given: Any) -> Tensor | None:
