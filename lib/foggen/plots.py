@@ -217,7 +217,7 @@ def confidence_histogram(
     axes.set_xticks([-0.25, *BUCKETS], ["unparsed", *(f"{bucket:g}" for bucket in BUCKETS)])
     axes.set(xlabel=label, ylabel="questions", title=f"Right and wrong answers, n = {len(outcomes):,}")
     axes.grid(axis="x", visible=False)
-    axes.legend(loc="upper left")
+    _legend(figure, axes, 2)
     return figure
 
 
@@ -282,7 +282,7 @@ def round_curves(rounds: pd.DataFrame) -> Figure:
         axes.fill_between(*band, color=GREY, alpha=0.35, lw=0, zorder=3, label="95% of the mean")
         axes.plot(mean["round"], mean[name], color=BLACK, lw=2.6, zorder=4, label=MEAN)
         low, high = axes.get_ylim()
-        axes.set(title=title, ylim=(max(low, -0.02), min(high, 1.02)))
+        axes.set(title=title, ylim=(max(low, -0.02), min(high, 1.005)))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _percent(axes.yaxis)
     _bucket_areas(grid[1, 2], mean.set_index("round"))
