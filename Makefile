@@ -1,5 +1,5 @@
 # make reproduce [PROFILE=pocket] [RUN=runs/pocket] [SEED=0] [QUESTIONS=path] [ARGS="-p rounds=7"]
-# make test | lab | lint | clean | pocket | pocket-check | bench | bench-gpu | plan
+# make test | lab | lint | clean | bank | pocket | pocket-check | bench | bench-gpu | plan
 # Every target makes its own virtual environment first; PYTHON names the interpreter it is made with.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ BIN := .venv/bin
 STAMP := .venv/.pinned
 TEST_RUN := runs/test
 
-.PHONY: setup reproduce plan test test-slow lab lint clean pocket pocket-check bench bench-gpu
+.PHONY: setup reproduce plan test test-slow lab lint clean bank pocket pocket-check bench bench-gpu
 .NOTPARALLEL:
 
 setup: $(STAMP)
@@ -47,6 +47,9 @@ lint: $(STAMP)
 clean:
 	rm -rf .venv runs build .pytest_cache .mypy_cache .ruff_cache .hypothesis lib/*.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
+
+bank: $(STAMP)
+	$(BIN)/python data/bank/make_bank.py $(ARGS)
 
 pocket: $(STAMP)
 	$(BIN)/python data/pocket/make_pocket.py $(ARGS)

@@ -14,7 +14,8 @@ from foggen.config import Settings, load_profile
 from foggen.questions import Question
 from foggen.store import LOCK_VARIABLE, ROOT, RUN_VARIABLE
 
-sys.path.append(str(ROOT / "data" / "pocket"))  # for `import make_pocket`; `benchmarks` is found beside this file
+# for `import make_bank` and `import make_pocket`; `benchmarks` is found beside this file
+sys.path += [str(ROOT / "data" / "bank"), str(ROOT / "data" / "pocket")]
 
 # The same examples at every run, and no judging by the clock; `--hypothesis-profile=search` looks for new ones.
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None, database=None)

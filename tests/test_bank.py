@@ -5,31 +5,49 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import make_bank as bank
 import pytest
+from make_bank import Fact
 
-from foggen import bank, data
-from foggen.bank import Fact
+from foggen import data
 from foggen.config import load_profile
-from foggen.questions import DOMAINS, LETTERS, OpenQuestion, Question
+from foggen.questions import DOMAINS, LETTERS, OpenQuestion, Question, load_questions
 from foggen.rounds import calibration_questions
 from foggen.store import ROOT
 
-FOLDER = ROOT / "data" / "bank"
+QUESTIONS = ROOT / load_profile("pocket").data.bank
 
 
 @pytest.fixture(scope="module")
 def facts() -> list[Fact]:
-    return bank.load_facts(FOLDER)
+    return bank.load_facts(bank.BANK)
 
 
 @pytest.fixture(scope="module")
-def questions(facts: list[Fact]) -> dict[str, list[Question]]:
-    return {split: bank.make_questions(facts, split) for split in bank.SPLITS}
+def questions() -> dict[str, list[Question]]:
+    return {split: load_questions(QUESTIONS / f"{split}.jsonl") for split in bank.SPLITS}
 
 
 @pytest.fixture(scope="module")
 def open_ended() -> dict[str, list[OpenQuestion]]:
-    return {split: bank.make_open_questions(FOLDER, split) for split in ("train", "test")}
+    return data.open_splits(load_profile("pocket"))
+
+
+def test_the_committed_files_are_what_the_maker_writes(tmp_path: Path) -> None:
+    bank.main(["--out", str(tmp_path)])
+    made, committed = (
+        {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        for folder in (tmp_path, QUESTIONS)
+    )
+    assert set(made) == {"train.jsonl", "dev.jsonl", "test.jsonl", "open_ended/train.jsonl", "open_ended/test.jsonl"}
+    assert [name for name in made | committed if made.get(name) != committed.get(name)] == [], "run `make bank`"
+
+
+def test_what_is_written_is_what_is_loaded(
+    facts: list[Fact], questions: dict[str, list[Question]], open_ended: dict[str, list[OpenQuestion]]
+) -> None:
+    assert questions == {split: bank.make_questions(facts, split) for split in bank.SPLITS}
+    assert open_ended == {split: bank.make_open_questions(bank.BANK, split) for split in bank.OPEN_QUESTIONS}
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
@@ -99,7 +117,7 @@ def test_computed_answers_are_right(facts: list[Fact]) -> None:
 
 
 def test_the_same_seed_makes_the_same_bank(facts: list[Fact]) -> None:
-    assert bank.load_facts(FOLDER) == facts
+    assert bank.load_facts(bank.BANK) == facts
     assert bank.make_questions(facts, "dev", seed=3) == bank.make_questions(facts, "dev", seed=3)
     assert bank.make_questions(facts, "dev", seed=3) != bank.make_questions(facts, "dev", seed=4)
 

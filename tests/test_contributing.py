@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import make_bank
 import pytest
 import yaml
 from outcomes_factory import make_outcomes
@@ -54,13 +56,17 @@ def test_a_domain_of_the_bank_is_a_file(tmp_path: Path) -> None:
         "statements": ["The {s} has {a} strings."],
         "facts": [[f"{size} {name}", count, 1] for size in ("small", "large") for name, count in strings.items()],
     }
-    bank = tmp_path / "bank"
-    bank.mkdir()
-    (bank / "music.yaml").write_text(yaml.safe_dump({"computed": "arithmetic", "relations": [relation]}))
-    parts = splits(load_profile(profile(tmp_path, domains=["music"], data={"bank": str(bank)})))
-    assert {question.domain for part in parts.values() for question in part} == {"music"}
-    assert [len({question.fact for question in parts[split]}) > 3 for split in ("train", "dev", "test")] == [True] * 3
-    assert {"What is", "How many"} <= {" ".join(one.question.split()[:2]) for one in parts["test"]}
+    facts, questions = tmp_path / "bank", tmp_path / "bank" / "questions"
+    shutil.copytree(make_bank.BANK, facts)
+    (facts / "music.yaml").write_text(yaml.safe_dump({"computed": "arithmetic", "relations": [relation]}))
+    make_bank.main(["--facts", str(facts), "--out", str(questions)])
+    before = splits(load_profile("pocket"))
+    parts = splits(load_profile(profile(tmp_path, domains=["music"], data={"bank": str(questions)})))
+    music = {split: [one for one in part if one.domain == "music"] for split, part in parts.items()}
+    assert {split: parts[split][: len(before[split])] for split in parts} == before, "the other domains stay"
+    assert all(music[split] == parts[split][len(before[split]) :] for split in parts)
+    assert [len({question.fact for question in music[split]}) > 3 for split in ("train", "dev", "test")] == [True] * 3
+    assert {"What is", "How many"} <= {" ".join(one.question.split()[:2]) for one in music["test"]}
 
 
 class Parrot:

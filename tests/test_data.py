@@ -10,9 +10,9 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from tiny import make_questions
 
-from foggen import bank, data
+from foggen import data
 from foggen.config import Settings, Source, load_profile, override
-from foggen.questions import DOMAINS, Question, QuestionError
+from foggen.questions import DOMAINS, Question, QuestionError, load_questions
 from foggen.store import ROOT
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -87,9 +87,19 @@ def test_a_test_question_in_training_is_left_out_of_it(tmp_path: Path, capsys: A
 
 
 def test_the_bank_loses_no_question_to_the_check() -> None:
-    facts = bank.load_facts(ROOT / "data" / "bank")
-    parts = data.splits(load_profile("pocket"))
-    assert parts == {split: bank.make_questions(facts, split) for split in ("train", "dev", "test")}
+    settings = load_profile("pocket")
+    files = {split: ROOT / settings.data.bank / f"{split}.jsonl" for split in ("train", "dev", "test")}
+    assert data.splits(settings) == {split: load_questions(file) for split, file in files.items()}
+
+
+def test_a_bank_is_a_folder_with_a_file_for_each_split(tmp_path: Path) -> None:
+    settings = override(load_profile("pocket"), {"data.bank": str(tmp_path)})
+    for split, question in zip(("train", "dev"), make_questions(2, ("law",)), strict=True):
+        write(tmp_path / f"{split}.jsonl", [question])
+    with pytest.raises(QuestionError, match=r"test\.jsonl: no such file"):
+        data.splits(settings)
+    with pytest.raises(QuestionError, match=r"open_ended/train\.jsonl: no such file"):
+        data.open_splits(settings)
 
 
 def test_ids_are_unique_over_sources_and_rows_can_be_limited(tmp_path: Path) -> None:

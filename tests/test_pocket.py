@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import make_bank as bank
 import make_pocket as pocket
 import pytest
 import torch
@@ -12,7 +13,6 @@ from make_pocket import CLOUD, EDGE, POCKET, World
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from foggen import bank
 from foggen.prompts import SYSTEM_MCQ, encode_chat, mcq_messages, plain_ids
 from foggen.questions import Question
 from foggen.store import content_hash, read_json

@@ -13,6 +13,7 @@ import math
 import os
 import random
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,8 +28,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from foggen import bank, prompts
-from foggen.bank import Fact
+from foggen import prompts
 from foggen.config import derive_seed, load_profile, override
 from foggen.engines import make_engine
 from foggen.prompts import BUCKETS, LETTERS, Messages, mcq_messages, target_text
@@ -37,7 +37,10 @@ from foggen.rounds import evaluate
 from foggen.store import ROOT, content_hash, progress, read_json, write_json, write_text
 from foggen.training import encode_row, limit_threads
 
-BANK = ROOT / "data" / "bank"
+sys.path.append(str(ROOT / "data" / "bank"))  # the bank's maker is a program too, in a folder beside this one
+import make_bank as bank
+from make_bank import BANK, Fact
+
 POCKET = ROOT / "data" / "pocket"
 PAD, TURN, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from foggen import bank
 from foggen.config import Settings, Source
 from foggen.hub import explained, is_local, token
 from foggen.open_ended import load_hub
@@ -40,8 +39,7 @@ def splits(settings: Settings) -> dict[str, list[Question]]:
     if settings.data.sources:
         parts = _from_sources(settings.data.sources)
     else:
-        facts = bank.load_facts(ROOT / settings.data.bank)
-        parts = {split: bank.make_questions(facts, split) for split in SHARES}
+        parts = {split: load_questions(ROOT / settings.data.bank / f"{split}.jsonl") for split in SHARES}
     if settings.data.questions:
         parts["test"] = load_questions(ROOT / settings.data.questions)
     return _held_out(parts)
@@ -151,11 +149,9 @@ def open_splits(settings: Settings) -> dict[str, list[OpenQuestion]]:
     source = settings.data.open_ended
     if source == "hub":
         return _hub_splits(settings)
-    folder = ROOT / settings.data.bank
-    parts = {split: bank.make_open_questions(folder, split) for split in ("train", "test")}
-    if source:
-        parts["test"] = load_open_questions(ROOT / source)
-    return parts
+    folder = ROOT / settings.data.bank / "open_ended"
+    files = {"train": folder / "train.jsonl", "test": ROOT / source if source else folder / "test.jsonl"}
+    return {split: load_open_questions(file) for split, file in files.items()}
 
 
 # TruthfulQA has one split: its questions beyond the evaluated ones are the training pool.

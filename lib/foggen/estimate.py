@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from foggen import bank, hub
+from foggen import hub
 from foggen.config import Settings
 from foggen.prompts import encode_chat, mcq_messages
+from foggen.questions import load_questions
 from foggen.store import ROOT
 
 # Assumptions, shown with every estimate.
@@ -77,13 +78,13 @@ def prompt_tokens(settings: Settings) -> float:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    asked = bank.make_questions(bank.load_facts(ROOT / settings.data.bank), "dev")[::10]
+    asked = load_questions(ROOT / settings.data.bank / "dev.jsonl")[::10]
     return sum(len(encode_chat(tokenizer, mcq_messages(one))) for one in asked) / len(asked)
 
 
 def works(s: Settings, prompt: float) -> Iterator[Work]:
     """The parts of a run. Samples of one prompt share its reading."""
-    test = s.test_questions or (HUB_TEST if s.data.sources else 7 * bank.QUESTIONS["test"])
+    test = s.test_questions or (HUB_TEST if s.data.sources else len(load_questions(ROOT / s.data.bank / "test.jsonl")))
     r15, limits, each = s.open_ended.r15, s.open_ended.max_new_tokens, s.open_ended.eval_questions
     row = prompt + ANSWER
 

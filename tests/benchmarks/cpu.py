@@ -26,12 +26,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from foggen import confidence
-from foggen.bank import load_facts, make_questions
 from foggen.config import load_profile
 from foggen.engines import Engine, Sampling, make_engine
 from foggen.estimate import matmul_speed
 from foggen.prompts import encode_chat, mcq_messages, parse_response
-from foggen.questions import Question
+from foggen.questions import Question, load_questions
 from foggen.store import ROOT, peak_memory, write_json
 
 ONE, EIGHT = Sampling(max_tokens=64), Sampling(n=8, temperature=0.7, max_tokens=64)
@@ -261,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--inside-vllm", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     model = smollm2(ROOT / "build" / "smollm2") if given.model == "smollm2" else ROOT / given.model
-    asked = make_questions(load_facts(ROOT / "data" / "bank"), "test")
+    asked = load_questions(ROOT / "data" / "bank" / "questions" / "test.jsonl")
     questions = asked[:: max(1, len(asked) // given.questions)][: given.questions]
     if given.inside_vllm:
         print(json.dumps(inside_vllm(model, given.dtype, questions, given.repeats)))

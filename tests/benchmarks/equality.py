@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from served import KEY, Server
 
-from foggen.bank import load_facts, make_questions
 from foggen.engines import Engine, Sampling, make_engine
 from foggen.engines.transformers_engine import TransformersEngine
 from foggen.prompts import Messages, encode_chat, mcq_messages
+from foggen.questions import load_questions
 from foggen.store import ROOT, write_json
 
 MODEL = ROOT / "data" / "pocket" / "edge"
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--questions", type=int, default=500)
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "results" / "bench" / "equality.json")
     given = parser.parse_args(arguments)
-    bank = make_questions(load_facts(ROOT / "data" / "bank"), "test")
+    bank = load_questions(ROOT / "data" / "bank" / "questions" / "test.jsonl")
     questions = bank[:: max(1, len(bank) // given.questions)][: given.questions]
     prompts = [mcq_messages(question) for question in questions]
     plain = TransformersEngine.load(MODEL, "float32")

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("vllm.version", reason="vLLM is not in this environment; `make test-vllm` sets one up")
 
-from foggen.bank import load_facts, make_questions
 from foggen.engines import Sampling
 from foggen.engines.transformers_engine import TransformersEngine
 from foggen.engines.vllm_engine import VLLMEngine
 from foggen.prompts import BUCKET_TEXTS, Messages, encode_chat, mcq_messages
+from foggen.questions import load_questions
 
 ROOT = Path(__file__).parents[2]
 EDGE = ROOT / "data" / "pocket" / "edge"
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(scope="module")
 def prompts() -> list[Messages]:
-    questions = make_questions(load_facts(ROOT / "data" / "bank"), "test")
+    questions = load_questions(ROOT / "data" / "bank" / "questions" / "test.jsonl")
     return [mcq_messages(question) for question in questions[:: len(questions) // 500][:500]]
 
 

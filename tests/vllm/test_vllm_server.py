@@ -14,11 +14,11 @@ pytest.importorskip("vllm.version", reason="vLLM is not in this environment; `ma
 
 from served import KEY, Server
 
-from foggen.bank import load_facts, make_questions
 from foggen.engines import EngineError, Sampling
 from foggen.engines.openai_engine import OpenAIEngine
 from foggen.engines.transformers_engine import TransformersEngine
 from foggen.prompts import Messages, mcq_messages
+from foggen.questions import load_questions
 
 ROOT = Path(__file__).parents[2]
 CLOUD = ROOT / "data" / "pocket" / "cloud"
@@ -36,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def prompts() -> list[Messages]:
-    questions = make_questions(load_facts(ROOT / "data" / "bank"), "test")
+    questions = load_questions(ROOT / "data" / "bank" / "questions" / "test.jsonl")
     return [mcq_messages(question) for question in questions[:: len(questions) // 100][:100]]
 
 

@@ -1,11 +1,12 @@
 """The question bank: written facts and computed families, turned into questions and open-ended sets by a seed.
 
-A fact is what is split into train, dev and test; every question asks about exactly one fact. Knows nothing of
-prompts or models.
+`make bank` writes them to `data/bank/questions`, where runs read them. A fact is what is split into train, dev and
+test; every question asks about exactly one fact. Knows nothing of prompts or models.
 """
 
 from __future__ import annotations
 
+import argparse
 import operator
 import random
 from collections import defaultdict
@@ -19,7 +20,9 @@ import yaml
 
 from foggen.questions import DOMAINS, TASKS, OpenQuestion, Question
 from foggen.shapes import LETTERS
+from foggen.store import ROOT, write_jsonl
 
+BANK = ROOT / "data" / "bank"
 SPLITS: Mapping[str, float] = {"train": 0.45, "dev": 0.1, "test": 0.45}
 QUESTIONS: Mapping[str, int] = {"train": 400, "dev": 60, "test": 260}  # questions a domain
 OPEN_QUESTIONS: Mapping[str, int] = {"train": 260, "test": 160}  # questions a task
@@ -381,3 +384,31 @@ def make_open_questions(folder: Path, split: str, seed: int = 0) -> list[OpenQue
             fact = question.fact or f"{task}/{id}"
             questions.append(question.model_copy(update={"id": id, "split": split, "fact": fact}))
     return questions
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def write_bank(folder: Path, out: Path) -> None:
+    """Writes the questions of the facts in `folder`: `<split>.jsonl`, and the open-ended `open_ended/<split>.jsonl`."""
+    facts = load_facts(folder)
+    for split in QUESTIONS:
+        rows = (question.model_dump(exclude_defaults=True) for question in make_questions(facts, split))
+        write_jsonl(out / f"{split}.jsonl", rows)
+    for split in OPEN_QUESTIONS:
+        rows = (question.model_dump(exclude_defaults=True) for question in make_open_questions(folder, split))
+        write_jsonl(out / "open_ended" / f"{split}.jsonl", rows)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: writes the question files."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--facts", type=Path, default=BANK, help="a folder with <domain>.yaml files, and open/")
+    parser.add_argument("--out", type=Path, default=BANK / "questions", help="where the question files go")
+    given = parser.parse_args(argv)
+    write_bank(given.facts, given.out)
+
+
+if __name__ == "__main__":
+    main()
