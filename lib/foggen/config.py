@@ -99,7 +99,7 @@ class Source(Part):
 
 
 class Data(Part):
-    """Where questions come from: `sources`, else the repository's bank; `questions` replaces the test split."""
+    """Where questions come from: `sources`, else `bank`, a folder of files; `questions` replaces the test split."""
 
     bank: str
     sources: list[Source]
