@@ -85,6 +85,7 @@ def test_overrides_by_full_or_short_name(text, name, value):
             ["edge.format_install.labels_from", "expected: mapping or null"],
         ),
         ({"lora": {}}, ["'lora' is not a parameter"]),
+        ({"processes": 3}, ["sft.processes", "sft.batch_size=16", "multiple", "got 3", "expected: integer > 0"]),
     ],
 )
 def test_wrong_overrides_name_the_allowed_form(overrides, said):

@@ -232,11 +232,6 @@ def test_a_failing_process_is_told_with_its_last_lines(tiny_model, small, tmp_pa
         train_elsewhere(job(tiny_model, override(small, {"max_length": 3}), tmp_path / "model"))
 
 
-def test_a_batch_is_divided_evenly(tiny_model, small, tmp_path):
-    with pytest.raises(SettingsError, match=r"batch_size=4 is divided among sft\.processes=3"):
-        sft(job(tiny_model, override(small, {"processes": 3}), tmp_path / "model"))
-
-
 @pytest.mark.slow
 def test_two_processes_share_a_batch(tiny_model, small, tmp_path, monkeypatch):
     """Data-parallel training on two CPU processes, through accelerate launch."""

@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from foggen.shapes import Columns
 
@@ -54,6 +64,14 @@ class Sft(Part):
     attention: str = Field(description="transformers' attn_implementation: sdpa, flash_attention_2, ...")
     liger: bool = Field(description="Liger kernels; needs the package liger-kernel and a GPU")
     processes: PositiveInt = Field(description="GPUs that share a batch, through accelerate launch")
+
+    @field_validator("processes")
+    @classmethod
+    def _share_a_batch(cls, processes: int, given: ValidationInfo) -> int:
+        size = given.data.get("batch_size", 0)
+        if size % processes:
+            raise ValueError(f"sft.batch_size={size} is divided among them, and must be a multiple")
+        return processes
 
 
 class FormatInstall(Part):

@@ -136,11 +136,6 @@ def sft_config(job: Job, scratch: str, bf16: bool) -> Any:
     from trl.trainer.sft_config import SFTConfig
 
     chosen = job.settings.sft
-    if chosen.batch_size % chosen.processes:
-        raise SettingsError(
-            f"sft.batch_size={chosen.batch_size} is divided among sft.processes={chosen.processes}: "
-            "expected: a multiple of it"
-        )
     return SFTConfig(
         output_dir=scratch,
         max_length=None,
