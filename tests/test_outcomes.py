@@ -88,6 +88,24 @@ def test_open_ended_outcomes_are_a_table_for_routing(small: Settings, tmp_path: 
     assert routing.routing_table(table, resamples=10)["domain"].tolist() == ["squad", "gsm8k", "mean"]
 
 
+def test_where_the_cloud_fails_the_local_answer_is_kept_and_marked(
+    small: Settings, tmp_path: Path, questions: list[Question], engine: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(Scripted):
+        def generate(self, prompts: Sequence[Messages], sampling: Sampling) -> list[list[Completion]]:
+            return [[Completion("", 0, False)] * sampling.n for _ in prompts]
+
+    monkeypatch.setattr(outcomes, "cloud_engine", lambda settings: Failing())
+    settings = override(small, {"cloud.options": {"on_cloud_failure": "keep_local"}})
+    edge, model = Loan(lambda _: engine), Path(__file__)
+    for kind, asked in ((Examination, questions), (OpenExamination, OPEN)):
+        table = kind(settings, Store(tmp_path / kind.__name__), "test", asked, edge).outcomes("r14", model)
+        checked = routing.check_outcomes(table)
+        assert checked["cloud_failed"].all() and checked["local_correct"].any()
+        assert checked["cloud_answer"].equals(checked["local_answer"])
+        assert checked["cloud_correct"].equals(checked["local_correct"]) and not checked["cloud_tokens"].any()
+
+
 def test_the_branch_round_replays_the_whole_buffer_and_drops_unsolved_problems(
     small: Settings,
     tmp_path: Path,

@@ -22,6 +22,7 @@ from foggen.rounds import MODEL, Loan, fingerprint, model_folder
 from foggen.store import Store, digest, read_json, read_jsonl, write_jsonl
 
 PARTS = ("scores", "votes", "verification")
+STANDING = ("answer", "correct")  # what the local model's row lends to a cloud's that failed
 Rows = Iterable[Mapping[Any, Any]]
 Ask = Callable[[Engine], Rows]
 
@@ -77,6 +78,14 @@ class _Examiner:
         table.attrs["seconds"] = float(read_json(folder / "stage.json")["seconds"])
         return table
 
+    def _kept_local(self, table: pd.DataFrame, cloud: pd.DataFrame) -> pd.DataFrame:
+        """With `on_cloud_failure: keep_local`: where the cloud gave no text the local answer, marked `cloud_failed`."""
+        if self.settings.cloud.options.get("on_cloud_failure") != "keep_local":
+            return table
+        failed = (cloud["text"] == "").to_numpy()
+        kept = {f"cloud_{name}": table[f"cloud_{name}"].mask(failed, table[f"local_{name}"]) for name in STANDING}
+        return table.assign(**kept, cloud_failed=failed.astype(int))
+
 
 class Examination(_Examiner):
     """An examination of multiple-choice questions."""
@@ -84,8 +93,12 @@ class Examination(_Examiner):
     def outcomes(self, label: str, model: Path, parts: Sequence[str] = PARTS) -> pd.DataFrame:
         """The outcomes table of a checkpoint (`label` names it in the store), with the optional `parts` asked for."""
         asked = {"scores": self._scores, "votes": self._votes, "verification": self.verifications}
-        columns = [self.answers(label, model), self._cloud(), *(asked[part](label, model) for part in parts)]
-        return self._named(pd.concat(columns, axis=1)).drop(columns="texts", errors="ignore")
+        names = {f"local_{name}": f"cloud_{name}" for name in ("answer", "correct", "tokens")}
+        cloud = self._evaluated("cloud", None)  # the very prompts that the edge gets, asked once for all checkpoints
+        columns = [self.answers(label, model), cloud[list(names)].rename(columns=names)]
+        columns += [asked[part](label, model) for part in parts]
+        table = self._kept_local(pd.concat(columns, axis=1), cloud)
+        return self._named(table).drop(columns="texts", errors="ignore")
 
     def local(self, label: str, model: Path) -> pd.DataFrame:
         """The checkpoint's own part of the table, without the cloud: what a router may be trained on."""
@@ -104,11 +117,6 @@ class Examination(_Examiner):
         """One greedy pass."""
         return self._evaluated(f"{label}-answers", model)
 
-    def _cloud(self) -> pd.DataFrame:
-        """The cloud gets the very prompt that the edge gets, and is asked once for all checkpoints."""
-        names = {f"local_{name}": f"cloud_{name}" for name in ("answer", "correct", "tokens")}
-        return self._evaluated("cloud", None)[list(names)].rename(columns=names)
-
     def _scores(self, label: str, model: Path) -> pd.DataFrame:
         """Exact probabilities: graded confidence, the likeliest option's share, and P(True) of the greedy answer."""
         answers = self.answers(label, model)["local_answer"].fillna("A")
@@ -120,7 +128,7 @@ class Examination(_Examiner):
                 graded = float(score.graded_confidence)
                 yield {"graded_confidence": graded, "option_probability": likeliest, "p_true": true}
 
-        code = [confidence.score_answers, Examination._p_true]
+        code = [confidence.score_answers, confidence.AnswerScores, Examination._p_true]
         return self._rows(f"{label}-scores", model, ask, code)
 
     def _p_true(self, engine: Engine, answers: Iterable[str]) -> list[float]:
@@ -148,8 +156,8 @@ class Examination(_Examiner):
         def ask(engine: Engine) -> Rows:
             return automix.verify(engine, self.questions, answers, rule.k, rule.temperature, rule.max_new_tokens, seed)
 
-        more = {"answers": digest(answers), "seed": seed}
-        return self._rows(f"{label}-verification", model, ask, [automix.verify], ["automix"], **more)
+        more, code = {"answers": digest(answers), "seed": seed}, [automix.verify, automix.verification_share]
+        return self._rows(f"{label}-verification", model, ask, code, ["automix"], **more)
 
 
 class OpenExamination(_Examiner):
@@ -158,7 +166,8 @@ class OpenExamination(_Examiner):
     def outcomes(self, label: str, model: Path) -> pd.DataFrame:
         """The outcomes table of a checkpoint: `open_ended.open_outcomes`, with a task for a domain."""
         local, cloud = self._evaluated(label, model), self._evaluated("cloud", None)
-        return open_ended.open_outcomes(local, cloud).assign(seed=self.settings.seed)
+        table = self._kept_local(open_ended.open_outcomes(local, cloud), cloud)
+        return table.assign(seed=self.settings.seed)
 
     def _evaluated(self, part: str, model: Path | None) -> pd.DataFrame:
         limits = self.settings.open_ended.max_new_tokens.model_dump()
@@ -177,5 +186,5 @@ class OpenExamination(_Examiner):
         def ask(engine: Engine) -> Rows:
             yield from open_ended.judge(engine, graded, said).to_dict("records")
 
-        table = self._rows(f"{label}-judged", None, ask, [open_ended.judge], answers=digest(said))
+        table = self._rows(f"{label}-judged", None, ask, [open_ended], answers=digest(said))
         return table.astype({"correct": float})

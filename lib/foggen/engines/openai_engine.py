@@ -39,8 +39,9 @@ SETTINGS = {
 class OpenAIEngine(Engine):
     """See `Engine`. Prices are USD per million tokens; `on_cloud_failure` says what follows exhausted retries.
 
-    `stop` raises (run again to resume: nothing paid is lost), `keep_local` leaves those prompts without completions
-    and counts them in `failures`. The client of `openai` waits 0.5 to 8 s between tries, or what Retry-After asks for.
+    `stop` raises (run again to resume: nothing paid is lost), `keep_local` gives empty texts, which are counted in
+    `failures`; `outcomes` then keeps the local answer and marks the row. The client of `openai` waits 0.5 to 8 s
+    between tries, or what Retry-After asks for.
     """
 
     model: str
@@ -65,7 +66,8 @@ class OpenAIEngine(Engine):
         fields = {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens}
         bodies = [self._body(prompt, **fields, stop=list(sampling.stop) or None) for prompt in prompts]
         answers = [_completions(kept)[: sampling.n] for kept in self._answers(bodies, sampling.n, sampling.seed)]
-        return [texts if len(texts) == sampling.n else [] for texts in answers]
+        nothing = [Completion("", 0, finished=False)] * sampling.n
+        return [texts if len(texts) == sampling.n else nothing for texts in answers]
 
     def score(
         self, prompts: Sequence[Messages], continuations: Sequence[Sequence[str]], temperature: float = 1.0
@@ -168,8 +170,10 @@ async def _judge(response: Any) -> None:
         response.status_code = 402
     if response.status_code == 200:
         try:
-            json.loads(body)["choices"][0]["message"]["content"]
+            texts = [choice["message"]["content"] for choice in json.loads(body)["choices"]]
         except (ValueError, LookupError, TypeError):
+            texts = []
+        if not texts:
             response.status_code = 502
 
 
