@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from outcomes_factory import make_outcomes
 
 from foggen import routing
 from foggen.routing import OutcomesError, check_outcomes, read_outcomes
+from foggen.store import write_jsonl
 
 TOY = pd.DataFrame(
     {
@@ -149,6 +151,13 @@ def test_json_lines_may_be_blank_and_keep_what_they_say(tmp_path: Path) -> None:
     read = read_outcomes(tmp_path / "a.jsonl")
     assert read["id"].tolist() == ["007", "9007199254740993"] and read["domain"].tolist() == ["2026-01-02", "заң"]
     assert read["local_correct"].tolist() == [1, 0] and read["confidence"].iloc[0] == 0.1
+    apart = {**json.loads(rows[0]), "question": "Who\u2028or\x0cwhat\u0085?", "big": 10**30}
+    write_jsonl(tmp_path / "b.jsonl", [apart])
+    assert read_outcomes(tmp_path / "b.jsonl")["question"].tolist() == ["Who\u2028or\x0cwhat\u0085?"]
+    for line in ("{", "[1, 2]", '"text"'):
+        (tmp_path / "c.jsonl").write_text(f"{rows[0]}\n\n{line}\n", encoding="utf-8")
+        with pytest.raises(OutcomesError, match=r"line 3.*expected: one JSON object a line"):
+            read_outcomes(tmp_path / "c.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from sklearn.pipeline import make_pipeline
 from foggen import stats
 from foggen.prompts import BUCKETS
 from foggen.stats import MEAN, Array, router_score
-from foggen.store import ROOT, read_json
+from foggen.store import ROOT, read_json, read_jsonl
 
 METRICS = ("cloud", "raw", "random", "sysacc", "routed", "lift", "oracle", "gap_recovered")
 REASONS = stats.REASONS | {
@@ -91,7 +91,7 @@ class OutcomesError(ValueError):
 
 READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
     ".csv": partial(pd.read_csv, dtype=str, keep_default_na=False),  # a domain called NA is a name
-    ".jsonl": partial(pd.read_json, lines=True, dtype=False, convert_dates=False, precise_float=True),
+    ".jsonl": lambda path: pd.DataFrame(read_jsonl(path), dtype=object),
     ".parquet": pd.read_parquet,
 }
 

@@ -80,8 +80,17 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Reads one JSON object a line."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    """Reads one JSON object a line. Raises ValueError with the first line that is none."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        try:
+            row = json.loads(line) if line.strip() else {}
+        except ValueError as error:
+            raise ValueError(f"{path.name}, line {number}: {error}; expected: one JSON object a line") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path.name}, line {number}: {line:.60}; expected: one JSON object a line")
+        rows += [row] if line.strip() else []
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------
