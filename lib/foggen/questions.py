@@ -169,8 +169,9 @@ def check_rows(placed: Iterable[Placed], kind: type[Row]) -> tuple[list[Row], li
         if row.id in seen:
             trouble = f"{row.id!r} stands in {seen[row.id]} already; expected: {kind.model_fields['id'].description}"
             problems.append(f"{place}: field `id`: {trouble}")
-        seen.setdefault(row.id, place)
-        rows.append(row)
+        else:
+            seen[row.id] = place
+            rows.append(row)
     return rows, problems
 
 
