@@ -128,11 +128,11 @@ def push(folder: Path, repository: str, ask: Callable[[str], str] = input) -> bo
     """Shows what would be uploaded, and does it if the answer is yes; a new repository is private. Raises HubError."""
     if not token():
         raise HubError("set the environment variable HF_TOKEN to a token that may write")
-    files = sorted(file for file in folder.glob("*") if file.is_file())
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
     if not any(file.suffix == ".safetensors" for file in files):
         raise HubError(f"{folder}: no checkpoint; expected a folder with .safetensors")
     size = sum(file.stat().st_size for file in files) / 2**20
-    print("\n".join(f"  {file.name}" for file in files))
+    print("\n".join(f"  {file.relative_to(folder)}" for file in files))
     if ask(f"Upload these {len(files)} files, {size:.1f} MiB, to huggingface.co/{repository}? [yes/no] ") != "yes":
         print("nothing was uploaded")
         return False
