@@ -88,7 +88,9 @@ def notebook_key(notebook: Path, settings: Settings, before: str) -> str:
     """A hash of the settings, the notebook's code (not its prose), the library, the data, and the notebooks before."""
     source = [cell.source for cell in code_cells(nbformat.read(notebook, as_version=4))]
     data, edge, cloud = settings.data, settings.edge, settings.cloud
-    named = [data.bank, data.questions, data.open_ended, edge.model, cloud.model, "data/published.json"]
+    named = ["data/published.json", data.bank, data.questions, data.open_ended, *(one.path for one in data.sources)]
+    named += [edge.model, cloud.model, settings.open_ended.r15_model]
+    named += [edge.format_install.labels_from] if edge.format_install else []
     inputs = [content_hash(ROOT / name) for name in named if name and (ROOT / name).exists()]
     return digest([settings.model_dump(mode="json"), source, code_version(foggen), inputs, before])
 
