@@ -114,6 +114,7 @@ class TransformersEngine(Engine):
     def sleep(self) -> None:
         """Leaves the GPU (not a CPU: nobody else needs its memory more)."""
         self.model.to("cpu")
+        torch.cuda.empty_cache()  # else this process holds on to the memory that it has freed
 
     def reload(self, path: Path) -> None:
         """Takes new weights; nothing of the old ones is kept (prefix caches live for one call)."""
@@ -124,6 +125,7 @@ class TransformersEngine(Engine):
     def close(self) -> None:
         """Frees the weights."""
         del self.model
+        torch.cuda.empty_cache()
 
     def _split(self, whole: list[Ids], more: int) -> tuple[Ids, list[Ids]]:
         """The root, and what follows it in each row; without a root where the model cannot share one."""
