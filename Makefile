@@ -1,5 +1,5 @@
 # make reproduce [PROFILE=pocket] [RUN=runs/pocket] [SEED=0] [QUESTIONS=path] [ARGS="-p rounds=7"]
-# make test | lab | lint | clean | bank | pocket | pocket-check | bench | bench-gpu | plan
+# make test | test-slow | test-vllm | lab | lint | clean | bank | pocket | pocket-check | bench | bench-gpu | bench-equality | plan
 # Every target makes its own virtual environment first; PYTHON names the interpreter it is made with.
 
 PYTHON ?= python3

@@ -93,7 +93,7 @@ def test_where_the_cloud_fails_the_local_answer_is_kept_and_marked(
 ) -> None:
     class Failing(Scripted):
         def generate(self, prompts: Sequence[Messages], sampling: Sampling) -> list[list[Completion]]:
-            return [[Completion("", 0, False)] * sampling.n for _ in prompts]
+            return [[] for _ in prompts]
 
     monkeypatch.setattr(outcomes, "cloud_engine", lambda settings: Failing())
     settings = override(small, {"cloud.options": {"on_cloud_failure": "keep_local"}})

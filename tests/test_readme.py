@@ -69,6 +69,12 @@ def test_the_map_of_notebooks_agrees_with_what_they_say_of_themselves() -> None:
         assert " | ".join(row) in README
 
 
+def test_the_table_of_modules_names_each_once() -> None:
+    named = re.findall(r"^\| `([a-z_]+/?)` \|", README.split("\n## What is where\n")[1], flags=re.MULTILINE)
+    package = ROOT / "lib" / "foggen"
+    assert sorted(named) == sorted([file.stem for file in package.glob("[!_]*.py")] + ["engines/", "profiles/"])
+
+
 def test_every_profile_and_every_reading_of_ours_is_listed() -> None:
     for profile in PROFILES.glob("*.yaml"):
         assert f"\n| `{profile.stem}`" in README, profile.name

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import pandas as pd
 
 from foggen.confidence import SftRow, bucket
-from foggen.engines import Sampling
+from foggen.engines import NOTHING, Sampling
 from foggen.hub import explained, token
 from foggen.prompts import Messages, open_messages, parse_open_response, target_text
 from foggen.questions import TASKS, OpenQuestion
@@ -228,8 +228,9 @@ def judge(engine: Engine, questions: Sequence[OpenQuestion], answers: Sequence[s
     asked = {index: judge_messages(questions[index], one) for index, one in enumerate(answers) if one is not None}
     correct: list[float] = [0.0] * len(questions)
     replies = engine.generate(list(asked.values()), Sampling(max_tokens=8)) if asked else []
-    for index, (reply,) in zip(asked, replies, strict=True):
-        grade = re.search(r"\b(not\s+correct|incorrect|correct)\b", reply.text, re.IGNORECASE)
+    for index, completions in zip(asked, replies, strict=True):
+        said = next(iter(completions), NOTHING).text
+        grade = re.search(r"\b(not\s+correct|incorrect|correct)\b", said, re.IGNORECASE)
         correct[index] = float(grade[1].lower() == "correct") if grade else float("nan")
     return pd.DataFrame({"id": [one.id for one in questions], "judge": engine.name, "correct": correct})
 
@@ -285,7 +286,8 @@ def evaluate_open(engine: Engine, questions: Sequence[OpenQuestion], max_new_tok
     `max_new_tokens`). An answer that is never closed scores 0 and counts as not parsed.
     """
     rows = []
-    for question, (reply,) in zip(questions, ask(engine, questions, max_new_tokens, Sampling()), strict=True):
+    for question, completions in zip(questions, ask(engine, questions, max_new_tokens, Sampling()), strict=True):
+        reply = next(iter(completions), NOTHING)
         answer = closed_answer(reply)
         rows.append(
             {

@@ -17,7 +17,7 @@ import pandas as pd
 from foggen import confidence, engines, open_ended, prompts, training
 from foggen.confidence import SftRow
 from foggen.config import Settings, SettingsError, derive_seed
-from foggen.engines import Engine, Sampling
+from foggen.engines import NOTHING, Engine, Sampling
 from foggen.hub import download
 from foggen.prompts import mcq_messages, parse_response
 from foggen.questions import OpenQuestion, Question, by_domain, draw, draw_balanced, subset
@@ -84,7 +84,8 @@ def evaluate(engine: Engine, questions: Sequence[Question], settings: Settings) 
     asked = [mcq_messages(question, settings.prompt_variant) for question in questions]
     sampling = Sampling(n=1, temperature=0.0, max_tokens=settings.max_new_tokens)
     rows = []
-    for question, (completion,) in zip(questions, engine.generate(asked, sampling), strict=True):
+    for question, completions in zip(questions, engine.generate(asked, sampling), strict=True):
+        completion = next(iter(completions), NOTHING)
         stated, answer = parse_response(completion.text, len(question.options))
         rows.append(
             {

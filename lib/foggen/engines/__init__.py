@@ -6,9 +6,9 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from foggen.engines.base import Completion, Engine, EngineError, Sampling
+from foggen.engines.base import NOTHING, Completion, Engine, EngineError, Sampling
 
-__all__ = ["ENGINES", "Completion", "Engine", "EngineError", "Sampling", "make_engine"]
+__all__ = ["ENGINES", "NOTHING", "Completion", "Engine", "EngineError", "Sampling", "make_engine"]
 
 ENGINES = {  # what makes an engine of a model (a folder or a hub name) and options: loaded when it is asked for
     "transformers": "foggen.engines.transformers_engine:TransformersEngine.load",

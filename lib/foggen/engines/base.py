@@ -34,6 +34,9 @@ class Completion:
     finished: bool
 
 
+NOTHING = Completion("", 0, finished=False)  # in place of an answer that a failing cloud did not give
+
+
 class Engine(Protocol):
     """What domain code may ask of a model. Results keep the order of the prompts.
 

@@ -39,9 +39,9 @@ SETTINGS = {
 class OpenAIEngine(Engine):
     """See `Engine`. Prices are USD per million tokens; `on_cloud_failure` says what follows exhausted retries.
 
-    `stop` raises (run again to resume: nothing paid is lost), `keep_local` gives empty texts, which are counted in
-    `failures`; `outcomes` then keeps the local answer and marks the row. The client of `openai` waits 0.5 to 8 s
-    between tries, or what Retry-After asks for.
+    `stop` raises (run again to resume: nothing paid is lost), `keep_local` leaves those prompts without completions
+    and counts them in `failures`; outcomes tables then keep the local answer and mark the row. The client of `openai`
+    waits 0.5 to 8 s between tries, or what Retry-After asks for.
     """
 
     model: str
@@ -66,8 +66,7 @@ class OpenAIEngine(Engine):
         fields = {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens}
         bodies = [self._body(prompt, **fields, stop=list(sampling.stop) or None) for prompt in prompts]
         answers = [_completions(kept)[: sampling.n] for kept in self._answers(bodies, sampling.n, sampling.seed)]
-        nothing = [Completion("", 0, finished=False)] * sampling.n
-        return [texts if len(texts) == sampling.n else nothing for texts in answers]
+        return [texts if len(texts) == sampling.n else [] for texts in answers]
 
     def score(
         self, prompts: Sequence[Messages], continuations: Sequence[Sequence[str]], temperature: float = 1.0
@@ -216,11 +215,12 @@ def _tokens(response: Response, kind: str) -> int:
 
 
 def _read(path: Path) -> list[Response]:
-    """The responses kept for a question: none when there is no file or it is damaged."""
+    """The responses kept for a question: none when there is no file, or it is damaged or holds something else."""
     try:
-        return json.loads(path.read_text())  # type: ignore[no-any-return]
+        kept = json.loads(path.read_text())
     except (OSError, ValueError):
         return []
+    return kept if isinstance(kept, list) else []
 
 
 def _add(path: Path, response: Response) -> None:
