@@ -84,7 +84,8 @@ def prompt_tokens(settings: Settings) -> float:
 
 def works(s: Settings, prompt: float) -> Iterator[Work]:
     """The parts of a run. Samples of one prompt share its reading."""
-    test = s.test_questions or (HUB_TEST if s.data.sources else len(load_questions(ROOT / s.data.bank / "test.jsonl")))
+    here = s.data.questions or (None if s.data.sources else f"{s.data.bank}/test.jsonl")
+    test = s.test_questions or (len(load_questions(ROOT / here)) if here else HUB_TEST)
     r15, limits, each = s.open_ended.r15, s.open_ended.max_new_tokens, s.open_ended.eval_questions
     row = prompt + ANSWER
 
@@ -155,10 +156,8 @@ def where(settings: Settings) -> Iterator[str]:
     if cloud.engine == "openai":
         yield f"{cloud.model}: asked at {cloud.base_url or 'the OpenAI API'}"
     for one in settings.data.sources:
-        label, licence = (
-            "/".join(filter(None, (one.path, one.name))),
-            f" (licence: {one.licence})" if one.licence else "",
-        )
+        label = "/".join(filter(None, (one.path, one.name)))
+        licence = f" (licence: {one.licence})" if one.licence else ""
         yield f"{label}: {_place(one.path, 'dataset', one.revision)}{licence}"
     for task in HUB.values() if settings.data.open_ended == "hub" else ():
         yield f"{task.path}: {_place(task.path, 'dataset', task.revision)}"

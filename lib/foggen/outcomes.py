@@ -156,7 +156,8 @@ class Examination(_Examiner):
         def ask(engine: Engine) -> Rows:
             return automix.verify(engine, self.questions, answers, rule.k, rule.temperature, rule.max_new_tokens, seed)
 
-        more, code = {"answers": digest(answers), "seed": seed}, [automix.verify, automix.verification_share]
+        more = {"answers": digest(answers), "seed": seed}
+        code = [automix.verify, automix.verification_share]
         return self._rows(f"{label}-verification", model, ask, code, ["automix"], **more)
 
 

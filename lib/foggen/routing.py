@@ -449,9 +449,9 @@ def _shown(table: pd.DataFrame, name: str, digits: int) -> pd.Series | list[str]
         return table[name]
     form = f"{'+' if name in ('lift', 'difference') else ''}z.{digits}f"
     low, high = (table.get(f"{name}_{end}", table[name] * np.nan) for end in ("low", "high"))
-    return [
-        "-"
-        if math.isnan(x)
-        else f"{100 * x:{form}}" + ("" if math.isnan(a) else f" [{100 * a:{form}}, {100 * b:{form}}]")
-        for x, a, b in zip(table[name], low, high, strict=True)
-    ]
+
+    def cell(value: float, low: float, high: float) -> str:
+        ends = "" if math.isnan(low) else f" [{100 * low:{form}}, {100 * high:{form}}]"
+        return "-" if math.isnan(value) else f"{100 * value:{form}}{ends}"
+
+    return list(map(cell, table[name], low, high))

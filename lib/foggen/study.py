@@ -24,7 +24,7 @@ from foggen.outcomes import Examination, OpenExamination
 from foggen.questions import TASKS, subset
 from foggen.rounds import Loan, edge_engine, run_chain, run_r15
 from foggen.stats import Array
-from foggen.store import LOCK_VARIABLE, ROOT, Store, fill, progress, write_json
+from foggen.store import LOCK_VARIABLE, ROOT, Store, fill, progress, write_json, write_text
 
 # What is changed against the profile. The controls break the link between label and question, or drop the replay.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -101,7 +101,7 @@ def run_study(profile: str, run: str, seeds: Sequence[int], jobs: int = 1) -> Pa
     for name, table in {"outcomes": outcomes, "branch_outcomes": branch}.items():
         table.to_parquet(folder / f"{name}.parquet", index=False, compression="zstd")
     for name, table in {"rounds": rounds, "summary": summarise(outcomes), "branch": branch_summary(branch)}.items():
-        table.to_csv(folder / f"{name}.csv", index=False)
+        write_text(folder / f"{name}.csv", table.to_csv(index=False))
     command = f"python -m foggen.study --profile {profile} --seeds {' '.join(map(str, seeds))}"
     recipe = load_profile(profile).model_dump(mode="json")
     write_json(folder / "study.json", {"command": command, "seeds": list(seeds), "settings": recipe})

@@ -289,7 +289,8 @@ def shared_length(model: PreTrainedModel) -> float:
     plain = config._attn_implementation == "sdpa" and model._can_set_attn_implementation()
     if not plain or kinds - {"full_attention", "sliding_attention"}:
         return 0
-    return config.sliding_window or math.inf if "sliding_attention" in kinds else math.inf
+    window = config.sliding_window if "sliding_attention" in kinds else None
+    return window or math.inf
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
