@@ -122,6 +122,8 @@ def test_verification_decisions(text, decision):
         ("Confidence: 0.5.0\nFinal answer: A", None, "A"),
         ("Confidence: -1.0\nFinal answer: A", None, "A"),
         ("Confidence: 1.0\nFinal answer: Apple", 1.0, None),
+        ("Confidence: 1.0\nFinal answer: İ", 1.0, None),
+        ("Confidence: 1.0\nFinal answer: ſ", 1.0, None),
         ("Confidence: 1.0", 1.0, None),
         ("Final answer: A", None, "A"),
         ("Confidence: 0.25\nFinal answer: A\nConfidence: 1.0\nFinal answer: B", 0.25, "A"),
