@@ -168,7 +168,7 @@ def parse_verification(text: str) -> bool | None:
 # Reading an answer
 
 _CONFIDENCE = re.compile(r"confidence\s*:\s*([0-9][0-9.]*)", re.IGNORECASE)
-# The letter is matched with its case: without, `[A-Za-z]` takes in ı, ſ and their like.
+# The letter is matched with its case: without, `[A-Za-z]` takes in a few letters beyond ASCII.
 _ANSWER = re.compile(r"final\s+answer\s*:\s*\(?((?-i:[A-Za-z]))(?![A-Za-z])", re.IGNORECASE)
 _FREE_ANSWER = re.compile(r"final\s+answer\s*:[ \t]*([^\n]*)", re.IGNORECASE)
 _BUCKET = re.compile(r"([01](\.0*)?|0\.(25|5|75)0*)\.*")
