@@ -84,8 +84,7 @@ def prompt_tokens(settings: Settings) -> float:
 
 def works(s: Settings, prompt: float) -> Iterator[Work]:
     """The parts of a run. Samples of one prompt share its reading."""
-    here = s.data.questions or (None if s.data.sources else f"{s.data.bank}/test.jsonl")
-    test = s.test_questions or (len(load_questions(ROOT / here)) if here else HUB_TEST)
+    test = s.test_questions or (HUB_TEST if s.data.sources else len(load_questions(ROOT / s.data.bank / "test.jsonl")))
     r15, limits, each = s.open_ended.r15, s.open_ended.max_new_tokens, s.open_ended.eval_questions
     row = prompt + ANSWER
 
