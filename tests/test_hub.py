@@ -112,6 +112,9 @@ def test_open_revisions_are_fixed_once(monkeypatch: pytest.MonkeyPatch) -> None:
         "sha-of-issai/foggen-data",
         "sha-of-issai/KazCulture",
     ]
+    branch = override(pinned, {"open_ended.r15_model": "a/branch"})
+    assert hub.pin(branch) == {"open_ended.r15_revision": "sha-of-a/branch"}
+    asked.pop()
     assert hub.pin(pinned) == {} and hub.pin(load_profile("pocket")) == {}
     assert hub.pin(settings, pinned.model_dump()) == pins and len(asked) == 3, "a run keeps what it began with"
 

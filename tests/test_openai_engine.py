@@ -275,6 +275,22 @@ def test_killed_and_concurrent_processes_lose_and_damage_nothing(server: FaultyS
     assert all(json.loads(path.read_text())[0]["choices"] for path in files)
 
 
+ADDS = """
+import sys
+from pathlib import Path
+from foggen.engines.openai_engine import _add
+for k in range(50):
+    _add(Path(sys.argv[1]), {"choices": [], "from": sys.argv[2], "number": k})
+"""
+
+
+def test_processes_that_answer_the_same_question_at_once_keep_all_answers(tmp_path: Path) -> None:
+    file = tmp_path / "ab" / "abc.json"
+    workers = [subprocess.Popen([sys.executable, "-c", ADDS, str(file), name]) for name in "xy"]
+    assert [worker.wait() for worker in workers] == [0, 0]
+    assert len({(one["from"], one["number"]) for one in json.loads(file.read_text())}) == 100
+
+
 NOTEBOOK = """
 import logging
 from foggen.engines import Sampling, make_engine
@@ -292,7 +308,7 @@ def test_the_key_is_in_no_artefact_log_or_executed_notebook(server: FaultyServer
     NotebookClient(notebook, allow_errors=True, resources={"metadata": {"path": str(tmp_path)}}).execute()
     nbformat.write(notebook, tmp_path / "executed.ipynb")
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} == {".json", ".log", ".ipynb"}
+    assert {path.suffix for path in files} == {".json", ".lock", ".log", ".ipynb"}
     assert "no such model" in (tmp_path / "executed.ipynb").read_text() and server.billed == Counter("a")
     assert "chat/completions" in (tmp_path / "all.log").read_text()
     assert not [path for path in files if KEY.encode() in path.read_bytes()]

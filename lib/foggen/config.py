@@ -149,6 +149,7 @@ class OpenEnded(Part):
     max_new_tokens: TokenLimits
     r15: R15
     r15_model: str | None = Field(description="a released branch checkpoint, instead of training one")
+    r15_revision: str | None
 
 
 class Automix(Part):

@@ -145,7 +145,7 @@ def where(settings: Settings) -> Iterator[str]:
 
     edge, cloud, install = settings.edge, settings.cloud, settings.edge.format_install
     models = {edge.model: edge.revision}
-    models |= {settings.open_ended.r15_model: None} if settings.open_ended.r15_model else {}
+    models |= {settings.open_ended.r15_model: settings.open_ended.r15_revision} if settings.open_ended.r15_model else {}
     models |= {install.labels_from: install.revision} if install else {}
     models |= {cloud.model: cloud.revision} if cloud.engine != "openai" else {}
     for name, revision in models.items():

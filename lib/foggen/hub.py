@@ -107,21 +107,28 @@ def commit(name: str, kind: Kind) -> str | None:
 
 def pin(settings: Settings, before: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Overrides that fix the revisions a profile leaves open: as `before` (the run's earlier settings), else now."""
-    known: dict[tuple[str, str], str | None] = {}
-    if before:
-        known = {(part, before[part]["model"]): before[part]["revision"] for part in ("edge", "cloud")}
-        known |= {("data", one["path"]): one["revision"] for one in before["data"]["sources"]}
+    known = _revisions(before) if before else {}
     pins: dict[str, Any] = {}
-    models = {"edge": settings.edge} | ({"cloud": settings.cloud} if settings.cloud.engine != "openai" else {})
-    for part, model in models.items():
-        if not model.revision and not is_local(model.model):
-            pins[f"{part}.revision"] = known.get((part, model.model)) or commit(model.model, "model")
+    for (name, model), revision in _revisions(settings.model_dump()).items():
+        asked = name != "cloud.revision" or settings.cloud.engine != "openai"
+        if model and asked and not revision and not is_local(model):
+            pins[name] = known.get((name, model)) or commit(model, "model")
     sources = [source.model_dump() for source in settings.data.sources]
+    earlier = {one["path"]: one["revision"] for one in before["data"]["sources"]} if before else {}
     for source in sources:
         if not source["revision"] and not is_local(source["path"]):
             pins["data.sources"] = sources
-            source["revision"] = known.get(("data", source["path"])) or commit(source["path"], "dataset")
+            source["revision"] = earlier.get(source["path"]) or commit(source["path"], "dataset")
     return pins
+
+
+def _revisions(settings: Mapping[str, Any]) -> dict[tuple[str, str | None], str | None]:
+    """The revision of each model, by the setting's name and the model."""
+    parts = {"edge": "", "cloud": "", "open_ended": "r15_"}
+    return {
+        (f"{part}.{kind}revision", settings[part][f"{kind}model"]): settings[part].get(f"{kind}revision")
+        for part, kind in parts.items()
+    }
 
 
 def push(folder: Path, repository: str, ask: Callable[[str], str] = input) -> bool:

@@ -356,7 +356,7 @@ def run_r15(
     new = cast(list[open_ended.OpenRow], read_jsonl(folder / "rows.jsonl"))
     old = replay(buffer_rows(rounds), s.open_ended.r15.replay, seed)
     if s.open_ended.r15_model:  # trained by others on rows of its own; ours are for the eye
-        branch = model_folder(s.open_ended.r15_model)
+        branch = model_folder(s.open_ended.r15_model, s.open_ended.r15_revision)
         trained: dict[str, Any] = {"rows": len(new) + len(old), "too_long": 0, "steps": 0}
     else:
         branch, trained = Chain(s, store, loan).sft("r15", model, [*new, *old])

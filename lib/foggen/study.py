@@ -99,7 +99,8 @@ def run_study(profile: str, run: str, seeds: Sequence[int], jobs: int = 1) -> Pa
     )
     folder.mkdir(parents=True, exist_ok=True)
     for name, table in {"outcomes": outcomes, "branch_outcomes": branch}.items():
-        table.to_parquet(folder / f"{name}.parquet", index=False, compression="zstd")
+        table.to_parquet(folder / f".{name}.tmp", index=False, compression="zstd")
+        os.replace(folder / f".{name}.tmp", folder / f"{name}.parquet")
     for name, table in {"rounds": rounds, "summary": summarise(outcomes), "branch": branch_summary(branch)}.items():
         write_text(folder / f"{name}.csv", table.to_csv(index=False))
     command = f"python -m foggen.study --profile {profile} --seeds {' '.join(map(str, seeds))}"

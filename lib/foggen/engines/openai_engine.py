@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field
@@ -18,11 +17,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import openai
+from filelock import FileLock
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from foggen.engines.base import Completion, Engine, EngineError, Sampling
 from foggen.prompts import Messages
-from foggen.store import ROOT
+from foggen.store import ROOT, write_text
 
 log = logging.getLogger(__name__)
 Response = dict[str, Any]
@@ -224,8 +224,7 @@ def _read(path: Path) -> list[Response]:
 
 
 def _add(path: Path, response: Response) -> None:
-    """Adds a paid response to the file, which changes at once and as a whole, whoever else writes it."""
+    """Adds a paid response to the file, which changes at once and as a whole; one process at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    fresh.write_text(json.dumps([*_read(path), response]))
-    os.replace(fresh, path)
+    with FileLock(path.parent.with_name("writing.lock")):
+        write_text(path, json.dumps([*_read(path), response]))
