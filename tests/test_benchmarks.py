@@ -34,6 +34,10 @@ def test_toy_run_measures_every_step(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "| SFT round | 8 |" in out and "49 s on 4 H100" in out
 
 
+def test_the_readme_has_the_stored_ratios() -> None:
+    assert cpu.readme_table() in (cpu.ROOT / "README.md").read_text(), "make bench writes them"
+
+
 def test_engines_are_compared(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

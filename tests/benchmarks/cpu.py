@@ -31,10 +31,11 @@ from foggen.engines import Engine, Sampling, make_engine
 from foggen.estimate import matmul_speed
 from foggen.prompts import encode_chat, mcq_messages, parse_response
 from foggen.questions import Question, load_questions
-from foggen.store import ROOT, peak_memory, write_json
+from foggen.store import ROOT, fill, peak_memory, read_json, write_json
 
 ONE, EIGHT = Sampling(max_tokens=64), Sampling(n=8, temperature=0.7, max_tokens=64)
 MANY = 128  # samples a label; `label_errors` compares their error with the exact label's
+RESULTS = ROOT / "data" / "results" / "bench"
 VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 # Compared: the other way, ours, and the goal for the ratio of their times.
 COMPARISONS = {
@@ -249,6 +250,19 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join([*lines, f"peak memory: {found['peak_memory_mib']:,.0f} MiB", json.dumps(found["machine"])])
 
 
+def readme_table() -> str:
+    """The stored ratios as a Markdown table, a column a model."""
+    stored = {"pocket edge": "edge", "SmolLM2-135M": "smollm2"}
+    runs = {name: read_json(RESULTS / f"{file}.json") for name, file in stored.items()}
+    heads = [f"{name}, {found['questions']} questions" for name, found in runs.items()]
+    lines = [f"| compared with ours | goal | {' | '.join(heads)} |", "|---|---|" + "---|" * len(runs)]
+    for name, (*_, goal) in COMPARISONS.items():
+        ratios = [row["ratio"] for found in runs.values() for row in found["rows"] if row["compared"] == name]
+        lines.append(f"| {name} | {goal} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")
+    shares = [f"{found['utilisation']['ours']['mfu']:.0%}" for found in runs.values()]
+    return "\n".join([*lines, f"| one answer each: share of a matrix product's speed | | {' | '.join(shares)} |"])
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table and writes `data/results/bench/<model>.json`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -256,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32", help="as the pocket profile runs; on a GPU bfloat16")
     parser.add_argument("--questions", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=ROOT / "data" / "results" / "bench")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--inside-vllm", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     model = smollm2(ROOT / "build" / "smollm2") if given.model == "smollm2" else ROOT / given.model
@@ -268,6 +282,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = measure(model, given, questions)
     write_json(given.out / f"{model.name}.json", found)
     print(table(found))
+    if given.out == RESULTS:
+        fill(ROOT / "README.md", "bench", readme_table())
 
 
 if __name__ == "__main__":
