@@ -604,8 +604,12 @@ def model_card(world: World, record: Mapping[str, Any], measured: Mapping[str, A
 
 
 def _replace(folder: Path, made: Path) -> None:
+    """Puts a copy of `made` in the folder's place; it is whole before the old one goes."""
+    fresh = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    shutil.copytree(made, fresh)
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(made, folder)
+    os.replace(fresh, folder)
 
 
 def install(world: World, made: Path) -> None:
