@@ -455,6 +455,23 @@ def test_lift_over_random(outcomes: pd.DataFrame) -> None:
     assert one["lift"] == pytest.approx([0.25])  # 1.0 against 0.75
 
 
+def test_ten_fits_on_a_thousand_rows(outcomes: pd.DataFrame) -> None:
+    pool = random_table(9, 1500)
+    assert len(automix.fits("POMDP", pool, Costs())) == 10
+    assert len(automix.fits("POMDP", pool.head(900), Costs())) == 1
+    first = automix.fit("POMDP", pool.sample(1000, random_state=0), Costs())
+    assert automix.fits("POMDP", pool, Costs())[0] == first
+    table = automix.comparison_table(outcomes, pool, [50.0], resamples=20).set_index(["method", "c_V"])
+    policies, v = automix.fits("POMDP", pool, Costs()), automix.shares(outcomes)
+    each = automix.worth(outcomes, [policy.route(v) for policy in policies], [Costs()] * 10)
+    row, dibc = table.loc[("POMDP", "1 c_S")], [one["dibc"][0] for one in each]
+    assert (
+        row["fits"] == 10
+        and row["dibc"] == pytest.approx(np.mean(dibc))
+        and row["dibc_sd"] == pytest.approx(np.std(dibc))
+    )
+
+
 def test_intervals_hold_their_values_and_refitting_widens_them(outcomes: pd.DataFrame) -> None:
     fit_rows = random_table(8, 200).assign(domain="law", confidence=1.0)
     fixed = automix.comparison_table(outcomes, fit_rows, cost_ratios=[50.0]).set_index(["method", "c_V"])

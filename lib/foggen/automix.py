@@ -10,6 +10,7 @@ of routed queries, IBC = incremental benefit per cost, dIBC = its relative gain 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
@@ -237,6 +238,15 @@ def fit(method: Method, outcomes: pd.DataFrame, costs: Costs, bins: int = BINS, 
     return policies[int(np.isclose(worth, worth.max(), rtol=1e-12, atol=1e-15).argmax())]
 
 
+def fits(
+    method: Method, outcomes: pd.DataFrame, costs: Costs, rows: int = 1000, seeds: Sequence[int] = range(10)
+) -> list[Policy]:
+    """The paper's protocol: one fit on `rows` sampled rows a seed; a single fit on all rows where there are no more."""
+    if len(outcomes) <= rows:
+        return [fit(method, outcomes, costs)]
+    return [fit(method, outcomes.sample(rows, random_state=seed), costs) for seed in seeds]
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Beside a one-pass confidence router
 
@@ -286,32 +296,41 @@ def comparison_table(
 ) -> pd.DataFrame:
     """FogGen and every meta-verifier, one row a method, cost ratio 1:c and c_V; shares are 0..1, means over domains.
 
-    Meta-verifiers are fitted on `fit_outcomes`, never on the rows that they are judged on. Columns: method, parameter,
-    n, ratio, c_V, accuracy, routed, cost, ibc, ibc_base, dibc, lift, forward_passes (on the edge, a query), tokens
-    (generated on the edge, a query) and note (why a cell is NaN). Accuracy, routed, lift and dibc have 95% intervals
-    (_low, _high) for the policies as they were fitted; `refitted_table` has those with the noise of fitting. dIBC is
-    unstable where the cloud is nearly as good as the edge or where little is routed.
+    Meta-verifiers are fitted on `fit_outcomes`, never on the rows that they are judged on. Columns: method, parameter
+    (of most fits), n, ratio, c_V, accuracy, routed, cost, ibc, ibc_base, dibc, lift (means over the fits), dibc_sd
+    (over the fits), fits, forward_passes (on the edge, a query), tokens (generated on the edge, a query) and note (why
+    a cell is NaN). Accuracy, routed, lift and dibc have 95% intervals (_low, _high) for the policies as fitted;
+    `refitted_table` has those with the noise of fitting. dIBC is unstable where the cloud is nearly as good as the edge
+    or where little is routed.
     """
-    unsure, v = _unsure(outcomes, tau), shares(outcomes)
-    answer, check = (outcomes[name].mean() if name in outcomes else np.nan for name in TOKENS)
-    paid = [Costs(1.0, ratio, 0.0) for ratio in cost_ratios]
-    rows = [("FogGen", str(tau), len(outcomes), costs.large, "0 c_S", 1, answer) for costs in paid]
-    masks = [unsure] * len(paid)
+    unsure, v = [_unsure(outcomes, tau)], shares(outcomes)
+    cases: list[tuple[str, str, Costs, list[str], list[Mask]]] = [
+        ("FogGen", "0 c_S", Costs(1.0, ratio, 0.0), [str(tau)], unsure) for ratio in cost_ratios
+    ]
     for method, (label, costs) in product(methods, _settings(outcomes, cost_ratios)):
-        policy = fit(method, fit_outcomes, costs)
-        chosen = f"{policy.method} {policy.parameter}"
-        rows.append((method, chosen, len(outcomes), costs.large, label, 1 + k, answer + check))
-        masks.append(policy.route(v))
-        paid.append(costs)
-    named = pd.DataFrame(rows, columns=["method", "parameter", "n", "ratio", "c_V", "forward_passes", "tokens"])
-    measured = pd.DataFrame([_summary(pd.DataFrame(one)) for one in worth(outcomes, masks, paid, resamples, seed)])
-    return _explained(pd.concat([named.iloc[:, :5], measured, named.iloc[:, 5:]], axis=1))
+        found = fits(method, fit_outcomes, costs)
+        names = [f"{policy.method} {policy.parameter}" for policy in found]
+        cases.append((method, label, costs, names, [policy.route(v) for policy in found]))
+    paid, masks = zip(*((costs, mask) for _, _, costs, _, own in cases for mask in own), strict=True)
+    measured = iter(worth(outcomes, masks, paid, resamples, seed))
+    answer, check = (outcomes[name].mean() if name in outcomes else np.nan for name in TOKENS)
+    rows = []
+    for name, label, costs, names, own in cases:
+        each = [next(measured) for _ in own]
+        mean = pd.DataFrame({key: np.mean([one[key] for one in each], axis=0) for key in each[0]})
+        row = {"method": name, "parameter": Counter(names).most_common(1)[0][0], "n": len(outcomes)}
+        row |= {"ratio": costs.large, "c_V": label, **_summary(mean)}
+        row |= {"dibc_sd": float(np.std([one["dibc"][0] for one in each])), "fits": len(own)}
+        passes, tokens = (1, answer) if name == "FogGen" else (1 + k, answer + check)
+        rows.append(row | {"forward_passes": passes, "tokens": tokens})
+    return _explained(pd.DataFrame(rows))
 
 
 def _explained(table: pd.DataFrame) -> pd.DataFrame:
     """The table with a `note` that says why a cell is NaN."""
     reasons = {"dibc": "the cloud is as good as the edge", "tokens": "not measured"}
-    return table.assign(note=["; ".join(stats.undefined(row, reasons)) for _, row in table.iterrows()])
+    told = table.drop(columns="dibc_sd", errors="ignore")  # it is NaN where dibc is
+    return table.assign(note=["; ".join(stats.undefined(row, reasons)) for _, row in told.iterrows()])
 
 
 def _unsure(outcomes: pd.DataFrame, tau: float) -> Mask:
