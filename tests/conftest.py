@@ -60,9 +60,9 @@ def small(tiny_model: Path) -> Settings:
             "samples": 4,
             "max_new_tokens": 6,
             "dev_questions": 4,
-            "epochs": 1,
-            "batch_size": 4,
-            "learning_rate": 1e-3,
-            "max_length": 700,
+            "sft.num_train_epochs": 1,
+            "sft.per_device_train_batch_size": 4,
+            "sft.learning_rate": 1e-3,
+            "training.max_length": 700,
         },
     )
