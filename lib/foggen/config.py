@@ -1,4 +1,4 @@
-"""Profiles: every parameter of the recipe, named once and validated on load; and the model hub.
+"""Profiles: every parameter of the recipe, named once and validated on load.
 
 A profile is one YAML file that sets all parameters, or names another as its `base` and sets what
 differs. Knows nothing of what the parameters do.
@@ -7,30 +7,17 @@ differs. Knows nothing of what the parameters do.
 from __future__ import annotations
 
 import difflib
-import errno
+import functools
 import hashlib
+import operator
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import httpx2
+import pydantic
 import yaml
-from huggingface_hub import HfApi, errors, get_token, snapshot_download
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    field_validator,
-)
-
-from foggen.store import ROOT
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 PROFILES = Path(__file__).parent / "profiles"
 
@@ -39,19 +26,13 @@ class SettingsError(ValueError):
     """A profile or an override that cannot be used; the message names the expected form."""
 
 
-class HubError(SettingsError):
-    """A model or data set that the hub does not give; the message says what to do."""
-
-
 # ---- The parameters
 
 
-class Part(BaseModel):
+class Part(pydantic.BaseModel):
     """A group of settings: immutable, and without names that it does not know."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
-    )
+    model_config = {"extra": "forbid", "frozen": True, "allow_inf_nan": False}
 
 
 class Lora(Part):
@@ -222,16 +203,13 @@ class Settings(Part):
     open_ended: OpenEnded
     automix: Automix
 
-    @field_validator("domains")
+    @pydantic.field_validator("domains")
     @classmethod
-    def _name_files(cls, domains: list[str]) -> list[str]:
-        """Domains name rows of tables beside `mean`, and files."""
-        names = [file_name(domain) for domain in domains]
-        for domain, name in zip(domains, names, strict=True):
-            if name in ("", "_", "mean"):
-                raise ValueError(f"{domain!r} cannot be a domain's name")
-            if names.count(name) > 1:
-                raise ValueError(f"{domain!r} and another domain would share the files {name!r}")
+    def _become_files(cls, domains: list[str]) -> list[str]:
+        """Domains name files, and rows of tables that end with their `mean`."""
+        names = [re.sub(r"\W+", "_", domain.strip().casefold()) for domain in domains]
+        if len(set(names)) < len(names) or {"", "_", "mean"} & set(names):
+            raise ValueError("expected: nonempty names, not `mean`, that differ as file names")
         return domains
 
     def only(self, *names: str) -> dict[str, Any]:
@@ -239,52 +217,33 @@ class Settings(Part):
         return self.model_dump(mode="json", include=set(names))
 
 
-def file_name(text: str) -> str:
-    """A name as part of a file's name: `Kazakh culture` becomes `kazakh_culture`."""
-    return re.sub(r"\W+", "_", text.strip().casefold())
-
-
-def parameter_names(part: type[BaseModel] = Settings, prefix: str = "") -> list[str]:
-    """Every parameter by its dotted name."""
-    names = []
-    for key, field in part.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, Part):
-            names += parameter_names(inner, f"{prefix}{key}.")
-        else:
-            names.append(prefix + key)
-    return names
+def derive_seed(seed: int, *names: object) -> int:
+    """The seed of one stage: 31 bits of a hash of the run's seed and the stage's name."""
+    text = "/".join(map(str, (seed, *names)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 
 
 # ---- Profiles
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML without repeated keys (the last would win) and without aliases (a few can fill memory)."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
-        if getattr(event, "anchor", None):
-            raise yaml.composer.ComposerError(
-                problem="anchors and aliases are not read", problem_mark=event.start_mark
-            )
-        return super().compose_node(parent, index)
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML whose mappings name nothing twice; without this check the last value wins silently."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [key.value for key, _ in node.value]
-        for key, _ in node.value:
-            if keys.count(key.value) > 1:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"{key.value!r} is set twice", problem_mark=key.start_mark
-                )
+        names = [key.value for key, _ in node.value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise yaml.MarkedYAMLError(problem=f"{twice[0]} twice", problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
 
 
-def _yaml(text: str, origin: str) -> Any:
+def _yaml(text: str) -> Any:
     try:
+        # A few nested aliases stand for more values than memory holds.
+        if any(isinstance(token, yaml.AnchorToken | yaml.AliasToken) for token in yaml.scan(text)):
+            raise ValueError("anchors and aliases are not read")
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise SettingsError(f"{origin} cannot be read as YAML: {error}") from None
+        raise SettingsError(f"not readable as YAML: {error}") from None
 
 
 def _read(profile: str | Path) -> dict[str, Any]:
@@ -292,41 +251,31 @@ def _read(profile: str | Path) -> dict[str, Any]:
     path = Path(profile)
     if path.suffix not in (".yaml", ".yml"):
         path = PROFILES / f"{profile}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in PROFILES.glob("*.yaml")))
-        raise SettingsError(f"no profile {profile}: there are {known}, or the path of a YAML file")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{path.name}: {error}; expected: a YAML file in UTF-8") from None
-    values = _yaml(text, path.name)
-    if not isinstance(values, dict):
-        raise SettingsError(f"{path.name}: {values!r:.60}; expected: parameters by name")
+        values = _yaml(path.read_text(encoding="utf-8-sig"))
+        if not isinstance(values, dict):
+            raise SettingsError(f"{values!r:.80} names no parameters")
+    except (OSError, ValueError) as error:
+        known = ", ".join(sorted(file.stem for file in PROFILES.glob("*.yaml")))
+        expected = f"expected: the path of a YAML file in UTF-8, or one of {known}"
+        raise SettingsError(f"{error}; {expected}") from None
     return values
-
-
-def _merged(whole: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`whole` with some values changed; groups are merged, lists and engine options replaced."""
-    merged = dict(whole)
-    for name, value in changes.items():
-        options = str(name).endswith("options")
-        group = isinstance(merged.get(name), dict) and isinstance(value, dict) and not options
-        merged[name] = _merged(merged[name], value) if group else value
-    return merged
 
 
 def load_profile(profile: str | Path, overrides: Mapping[str, object] | None = None) -> Settings:
     """Settings of a profile (a name in `profiles/`, or the path of a YAML file) with `overrides`.
 
-    Raises SettingsError with the file or override, every wrong parameter and its expected form.
+    Raises SettingsError with the file, every wrong parameter, its value and the expected form.
     """
-    values, origin = _read(profile), Path(profile).name
-    if base := values.pop("base", None):
-        whole = _read(base)
-        if "base" in whole:
-            raise SettingsError(f"{origin}: its base {base} has a base; expected: a whole profile")
-        values = _merged(whole, values)
-    return override(_validated(values, origin), overrides or {})
+    try:
+        values = _read(profile)
+        base = values.pop("base", None)
+        settings = _validated(_read(base) if base else values)
+        if base:
+            settings = override(settings, parameters(values))
+    except SettingsError as error:
+        raise SettingsError(f"profile {profile}: {error}") from None
+    return override(settings, overrides or {})
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -337,176 +286,49 @@ def parse_override(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise SettingsError(f"{text!r} is no override; expected: name=value, such as rounds=7")
-    is_yaml = value in ("", "null") or value.startswith(("[", "{"))
-    return name, _yaml(value, repr(text)) if is_yaml else value
+    return name, _yaml(value) if re.match(r"$|null$|[\[{]", value) else value
+
+
+def parameters(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every parameter by its dotted name: {"rounds": 14, "sft.learning_rate": 5e-05, ...}.
+
+    Values of `engine_options`, `cloud.options` and `edge.format_install` stay whole.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        whole = not isinstance(value, dict) or name.endswith(("options", "format_install"))
+        flat |= {name: value} if whole else parameters(value, f"{name}.")
+    return flat
 
 
 def override(settings: Settings, overrides: Mapping[str, object]) -> Settings:
     """The same settings with some parameters changed, by dotted name. Raises SettingsError."""
     values = settings.model_dump()
+    names = list(parameters(values))
     for name, value in overrides.items():
-        if name not in parameter_names():
-            raise SettingsError(f"{name!r} is not a parameter{_suggestion(name)}")
-        *parents, leaf = name.split(".")
-        group = values
-        for parent in parents:
-            group = group[parent]
-        group[leaf] = value
-    return _validated(values, "overrides")
+        if name not in names:
+            close = [full for full in names if name in full] or difflib.get_close_matches(
+                name, names
+            )
+            expected = " or ".join(close or names)
+            raise SettingsError(f"{name!r} is not a parameter; expected: {expected}")
+        *groups, last = name.split(".")
+        functools.reduce(operator.getitem, groups, values)[last] = value
+    return _validated(values)
 
 
-def _suggestion(name: str) -> str:
-    """The parameters that a wrong name may have meant, else all of them."""
-    names = parameter_names()
-    close = [full for full in names if name.split(".")[-1] in full]
-    close = close or difflib.get_close_matches(name, names)
-    return f"; did you mean {' or '.join(close)}?" if close else f"; expected: {', '.join(names)}"
-
-
-def _validated(values: Mapping[str, Any], origin: str) -> Settings:
-    """The settings, or a SettingsError with pydantic's message and the value, a line per problem."""
+def _validated(values: Mapping[str, Any]) -> Settings:
     try:
         return Settings.model_validate(values)
-    except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            name, kind = ".".join(map(str, problem["loc"])), problem["type"]
-            more = "" if kind == "missing" else f", got {problem['input']!r:.80}"
-            if kind == "extra_forbidden":
-                more = _suggestion(name)
-            lines.append(f"  {name}: {problem['msg']}{more}")
-        head = f"{origin}: {len(lines)} setting(s) cannot be used"
-        raise SettingsError("\n".join([head, *lines])) from None
+    except pydantic.ValidationError as error:
+        problems = re.sub(r"\n +For further information.*", "", str(error))
+        raise SettingsError(problems) from None
 
 
-def derive_seed(seed: int, *names: object) -> int:
-    """The seed of one stage: 31 bits of a hash of the run's seed and the stage's name."""
-    text = "/".join(map(str, (seed, *names)))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+def __getattr__(name: str) -> Any:  # until all import these from foggen.sources
+    if name in ("HubError", "explained", "is_local", "model_folder", "pin", "hub_entries"):
+        from foggen import sources
 
-
-# ---- The hub
-
-Kind = Literal["model", "dataset"]
-MODEL_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]  # no pickles, no code
-UNREACHABLE = (errors.OfflineModeIsEnabled, httpx2.TransportError, ConnectionError)
-
-
-def is_local(name: str) -> bool:
-    """Whether a name is a file or folder of this checkout or machine."""
-    return (ROOT / name).exists()
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it was raised from: libraries wrap those of the hub."""
-    while error:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _advice(error: BaseException, name: str, kind: Kind, revision: str | None) -> str | None:
-    """What to do about one error of the hub's libraries; None for other errors."""
-    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
-    login = (
-        "with the account of your token"
-        if get_token()
-        else "and log in: hf auth login, or set HF_TOKEN"
-    )
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "the disk is full. Free some space, or set HF_HOME to a folder on a larger disk"
-    if isinstance(error, errors.GatedRepoError):
-        return f"it is gated. Ask for access at {page} {login}"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"it has no revision {revision!r}. See {page}/commits/main"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return f"there is no such {kind}, or it is private. See {page} {login}"
-    if isinstance(error, errors.HfHubHTTPError):
-        status = error.response.status_code
-        return f"the hub answered with status {status} ({error.response.reason_phrase}). "
-    if isinstance(error, UNREACHABLE):
-        return "the hub cannot be reached"
-    return None
-
-
-@contextmanager
-def explained(name: str, kind: Kind, revision: str | None = None) -> Iterator[None]:
-    """Turns errors of the hub's libraries inside the block into a HubError that says what to do."""
-    try:
-        yield
-    except Exception as error:
-        for cause in _causes(error):
-            if advice := _advice(cause, name, kind, revision):
-                raise HubError(f"{kind} {name}: {advice}.") from error
-        raise
-
-
-def cached_snapshot(name: str, kind: Kind, revision: str | None = None) -> Path | None:
-    """The folder of the newest or the named revision in this machine's cache; asks no hub."""
-    patterns = MODEL_FILES if kind == "model" else None
-    try:
-        folder = snapshot_download(
-            name, repo_type=kind, revision=revision, allow_patterns=patterns, local_files_only=True
-        )
-    except (errors.LocalEntryNotFoundError, errors.HFValidationError):
-        return None
-    return Path(folder)
-
-
-def model_folder(model: str, revision: str | None = None) -> Path:
-    """The folder of a model: of the checkout, else of the hub, downloaded where it is not here yet.
-
-    Raises SettingsError for a name that is neither, HubError where the hub does not give it.
-    """
-    if (ROOT / model).is_dir():
-        return ROOT / model
-    if model.count("/") > 1 or model.startswith((".", "/")):
-        raise SettingsError(f"model {model!r}: no such folder; expected: a folder, or a hub id")
-    with explained(model, "model", revision):
-        return Path(snapshot_download(model, revision=revision, allow_patterns=MODEL_FILES))
-
-
-def newest_commit(name: str, kind: Kind) -> str | None:
-    """The commit that is the newest now; without a connection that of the cached copy, if any."""
-    try:
-        with explained(name, kind):
-            return HfApi().repo_info(name, repo_type=kind).sha
-    except HubError as error:
-        if not any(isinstance(cause, UNREACHABLE) for cause in _causes(error)):
-            raise
-    folder = cached_snapshot(name, kind)
-    return folder.name if folder else None
-
-
-def hub_models(settings: Mapping[str, Any]) -> dict[str, tuple[str, str | None]]:
-    """The models that a run may need, {setting of the revision: (model, revision)}."""
-    edge, cloud, branch = settings["edge"], settings["cloud"], settings["open_ended"]
-    models = {"edge.revision": (edge["model"], edge["revision"])}
-    if install := edge["format_install"]:
-        models["edge.format_install"] = (install["labels_from"], install["revision"])
-    if cloud["engine"] != "openai":
-        models["cloud.revision"] = (cloud["model"], cloud["revision"])
-    if branch["r15_model"]:
-        models["open_ended.r15_revision"] = (branch["r15_model"], branch["r15_revision"])
-    return models
-
-
-def pin(settings: Settings, before: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Overrides that fix revisions left open: as `before` (the run's earlier settings), else now."""
-    values = settings.model_dump()
-    earlier = Settings.model_validate(before).model_dump() if before else values
-    known = hub_models(earlier)
-    pins: dict[str, Any] = {}
-    for name, (model, revision) in hub_models(values).items():
-        if not revision and not is_local(model):
-            old_model, old = known.get(name, (None, None))
-            pins[name] = (old if old_model == model else None) or newest_commit(model, "model")
-    if commit := pins.get("edge.format_install"):
-        pins["edge.format_install"] = {**values["edge"]["format_install"], "revision": commit}
-    sources = values["data"]["sources"]
-    revisions = {source["path"]: source["revision"] for source in earlier["data"]["sources"]}
-    for source in sources:
-        if not source["revision"] and not is_local(source["path"]):
-            pins["data.sources"] = sources
-            commit = revisions[source["path"]] or newest_commit(source["path"], "dataset")
-            source["revision"] = commit
-    return pins
+        return getattr(sources, name)
+    raise AttributeError(name)
