@@ -326,9 +326,9 @@ def _validated(values: Mapping[str, Any]) -> Settings:
         raise SettingsError(problems) from None
 
 
-def __getattr__(name: str) -> Any:  # until all import these from foggen.sources
+def __getattr__(name: str) -> Any:  # until all import these from foggen.inputs
     if name in ("HubError", "explained", "is_local", "model_folder", "pin", "hub_entries"):
-        from foggen import sources
+        from foggen import inputs
 
-        return getattr(sources, name)
+        return getattr(inputs, name)
     raise AttributeError(name)

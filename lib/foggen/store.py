@@ -306,9 +306,9 @@ def finish(run: Run, notebook: str, headline: str, **results: Any) -> Path:
     return write_json(run.folder / "done" / f"{notebook}.json", values)
 
 
-def __getattr__(name: str) -> Any:  # until all import these from foggen.sources
+def __getattr__(name: str) -> Any:  # until all import these from foggen.inputs
     if name in ("TableError", "read_rows"):
-        from foggen import sources
+        from foggen import inputs
 
-        return getattr(sources, name)
+        return getattr(inputs, name)
     raise AttributeError(name)

@@ -1,0 +1,180 @@
+"""What comes from elsewhere: tables of the reader's own, models and data sets of the hub.
+
+Tables are read strictly. What a lenient reader would guess is an error here: a row that does not
+fit its header, a name that stands twice, a text in another encoding. Knows nothing of what the
+rows mean.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from huggingface_hub import errors, resolve_revision, snapshot_download
+
+from foggen.config import Settings, SettingsError, parameters
+from foggen.store import ROOT
+
+Row = dict[str, Any]
+
+
+class TableError(ValueError):
+    """A table that cannot be read; the message has a line per bad place."""
+
+
+class HubError(SettingsError):
+    """A model or data set that the hub does not give; the message says why."""
+
+
+# ---- Tables
+
+
+def read_rows(path: str | Path) -> list[tuple[str, Row]]:
+    """The rows of a .jsonl, .csv or .parquet file, each with its place.
+
+        ("mine.csv, row 3", {"id": "q3", "domain": "law", "fact": None, "answer": "B"})
+
+    A missing value is None: JSON's null, an empty field of a CSV. All other CSV values are texts.
+    Raises TableError with every place that cannot be read (the first 20 of many).
+    """
+    path = Path(path)
+    readers = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+    if path.suffix not in readers:
+        raise TableError(f"{path}: expected: a .jsonl, .csv or .parquet file")
+    rows, problems = [], []
+    try:
+        for place, row in readers[path.suffix](path):
+            if isinstance(row, dict):
+                rows.append((f"{path.name}, {place}", row))
+            else:
+                problems.append(f"{path.name}, {place}: {row}")
+    except (OSError, ValueError, csv.Error) as error:
+        problems.append(f"{path.name}: {error}; expected: a whole {path.suffix} file in UTF-8")
+    if problems:
+        raise TableError("\n".join([*problems[:20], f"({len(problems)} in all)"]))
+    return rows
+
+
+def _text(path: Path) -> str:
+    text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
+    if "\0" in text:
+        raise ValueError("it holds zero bytes, as binary and UTF-16 files do")
+    return text
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> Row:
+    """A mapping of its pairs; dict() alone would silently keep the last of two equal names."""
+    counts = Counter(name for name, _ in pairs)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise ValueError(f"the name {twice[0]!r} stands there twice")
+    return dict(pairs)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
+    for number, line in enumerate(_text(path).split("\n"), 1):  # splitlines would split at U+2028
+        if line.strip():
+            try:
+                row = json.loads(line, object_pairs_hook=_unique)
+                json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
+            except (ValueError, RecursionError) as error:
+                row = str(error)
+            problem = f"{row!s:.200}; expected: one JSON object per line"
+            yield f"line {number}", row if isinstance(row, dict) else problem
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
+    csv.field_size_limit(2**31 - 1)  # 131,072 characters by default
+    lines = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    header = [name.strip() for name in next(lines, [])]
+    _unique([(name, None) for name in header])
+    if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
+        raise ValueError("its fields are separated by semicolons or tabs; expected: by commas")
+    for number, cells in enumerate(filter(None, lines), 1):
+        row = {name: cell or None for name, cell in zip(header, cells, strict=False)}
+        problem = f"{len(cells)} fields; expected: {len(header)}, as in the header"
+        yield f"row {number}", row if len(cells) == len(header) else problem
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
+    from pyarrow import parquet
+
+    table = parquet.read_table(path)
+    names = table.column_names
+    if "id" not in names:  # a data frame's index that has no name
+        names = ["id" if name == "__index_level_0__" else name for name in names]
+    _unique([(name, None) for name in names])
+    for number, row in enumerate(table.rename_columns(names).to_pylist(), 1):
+        yield f"row {number}", row
+
+
+# ---- The hub
+
+MODEL_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]  # no pickles, no code
+REVISIONS = dict(
+    model="revision", labels_from="revision", path="revision", r15_model="r15_revision"
+)
+HUB_ERRORS = (OSError, httpx2.HTTPError, errors.RevisionResolutionError, errors.HFValidationError)
+HELP = "(gated or private: `hf auth login`; disk full: HF_HOME; else name a folder or file instead)"
+
+
+def is_local(name: str) -> bool:
+    """Whether a name is a file or folder of this checkout or machine."""
+    return (ROOT / name).exists()
+
+
+@contextmanager
+def explained(name: str, kind: str, revision: str | None = None) -> Iterator[None]:
+    """Turns what the hub's libraries raise inside the block into a HubError with their reason."""
+    try:
+        yield
+    except HUB_ERRORS as error:
+        reason = " ".join(f"{error} {error.__cause__ or ''}".split())
+        raise HubError(f"{kind} {name}, revision {revision or 'main'}: {reason} {HELP}") from error
+
+
+def model_folder(model: str, revision: str | None = None) -> Path:
+    """The folder of a model: of the checkout, else of the hub, downloaded where it is not here yet.
+
+    Raises HubError where the hub does not give it.
+    """
+    if (ROOT / model).is_dir():
+        return ROOT / model
+    with explained(model, "model", revision):
+        return Path(snapshot_download(model, revision=revision, allow_patterns=MODEL_FILES))
+
+
+def hub_entries(values: Any) -> Iterator[tuple[dict[str, Any], str, str]]:
+    """What a profile's values take from the hub: (group of settings, its id, its revision) by name.
+
+    ({"model": "Qwen/Qwen3-0.6B", "revision": None, ...}, "model", "revision")
+    """
+    for value in values.values() if isinstance(values, dict) else values:
+        if isinstance(value, dict | list):
+            yield from hub_entries(value)
+    if isinstance(values, dict) and values.get("engine") != "openai":
+        for name, revision in REVISIONS.items():
+            if values.get(name) and revision in values and not is_local(values[name]):
+                yield values, name, revision
+
+
+def pin(settings: Settings, before: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Overrides that fix revisions left open: as `before` (the run's earlier settings), else now.
+
+    Raises HubError where the hub cannot be asked and this machine's cache knows no revision.
+    """
+    values = settings.model_dump()
+    known = {group[name]: group[revision] for group, name, revision in hub_entries(before or {})}
+    for group, name, revision in hub_entries(values):
+        if not group[revision]:
+            hub_id, kind = group[name], "dataset" if name == "path" else "model"
+            with explained(hub_id, kind):
+                group[revision] = known.get(hub_id) or str(resolve_revision(hub_id, repo_type=kind))
+    before_pins = parameters(settings.model_dump())
+    return {name: value for name, value in parameters(values).items() if value != before_pins[name]}
