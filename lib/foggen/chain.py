@@ -1,0 +1,307 @@
+"""The chain: a buffer labelled by the raw model, then rounds of labelling, replay and fine-tuning.
+
+What takes long is a stage of the run. Knows no engine by name, and nothing of how models compare.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import pandas as pd
+
+from foggen import engines, labels, open_ended, prompts, stats, training
+from foggen.config import Settings, SettingsError, derive_seed, model_folder
+from foggen.engines import EngineError, EngineSlot, make_engine
+from foggen.evaluation import DRAWN, MODEL, answers, asked, cloud_answers
+from foggen.labels import GOLD, Letters, Questions, Sample, SftRow
+from foggen.questions import OpenQuestion, Question, by_domain, draw, draw_balanced, subset
+from foggen.store import ROOT, Run, digest, progress, read_jsonl, read_record, write_jsonl
+
+Plan = list[tuple[str | None, list[Question]]]  # domain (R0: None) and new questions of every round
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round left behind. Round 0 is the model before the chain; its rows are the buffer."""
+
+    number: int
+    domain: str | None
+    model: Path
+    rows: list[SftRow]  # the newly labelled ones
+    training: Record
+    evaluation: pd.DataFrame  # `answers` to the dev questions
+    tau: float
+    cloud_wrong: int | None  # letters of the cloud that are not gold; None: it was not asked
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Dev metrics: n, accuracy, confidence (mean), kept (share at tau), parsed, ece, auroc."""
+        stated, right = self.evaluation["confidence"], self.evaluation["local_correct"]
+        values = stats.calibration(self.evaluation, np.ones((1, len(right))))[0]
+        measured = dict(zip(stats.CALIBRATION, values, strict=True))
+        metrics = {"n": len(right), "accuracy": right.mean(), "confidence": stated.mean()}
+        metrics |= {"kept": (stated >= self.tau).mean(), "parsed": measured["parsed"]}
+        metrics |= {"ece": measured["ece_bucket"], "auroc": measured["auroc"]}
+        return {name: float(value) for name, value in metrics.items()}
+
+    def line(self) -> str:
+        """The round in one line."""
+        counts = "/".join(map(str, labels.label_histogram(self.rows).values()))
+        values = "  ".join(f"{name} {value:.3g}" for name, value in self.metrics.items())
+        return f"R{self.number:<2} {self.domain or 'base':<15} labels {counts}  {values}"
+
+    def record(self) -> Record:
+        """A flat row of a table: number, domain, labels by bucket, training and dev metrics."""
+        row: Record = {"number": self.number, "domain": self.domain}
+        row |= {f"labels {name}": n for name, n in labels.label_histogram(self.rows).items()}
+        row |= {f"sft {name}": value for name, value in self.training.items()}
+        return {**row, "cloud wrong": self.cloud_wrong, **self.metrics}
+
+
+# ------------------------------------------------------------------------------------------------
+# The recipe
+
+
+def run_chain(
+    run: Run,
+    train: Questions,
+    dev: Questions,
+    edge: EngineSlot | None = None,
+    show: Callable[[str], None] = progress,
+) -> list[Round]:
+    """R0 and all rounds, made or found in the run; `show` gets a line of every round as it ends.
+
+    `train` feeds the buffer and the rounds; `dev` is what every checkpoint is evaluated on.
+    """
+    if edge is None:
+        with closing(edge_slot(run.settings)) as slot:
+            return run_chain(run, train, dev, slot, show)
+    plan = round_questions(train, run.settings)
+    dev = subset(dev, run.settings.dev_questions, derive_seed(run.settings.seed, "dev"))
+    cloud = cloud_letters(run, edge, plan)
+    rounds: list[Round] = []
+    while len(rounds) < len(plan):
+        rounds.append(next_round(run, edge, rounds, plan, dev, cloud))
+        show(rounds[-1].line())
+    return rounds
+
+
+def next_round(
+    run: Run, edge: EngineSlot, rounds: list[Round], plan: Plan, dev: Questions, cloud: Letters
+) -> Round:
+    """The round that follows `rounds`. R0 is the raw edge model, and labels the buffer.
+
+    With `format_install` a sibling labels the buffer, and R0 has learnt the format from its labels.
+    """
+    s, number = run.settings, len(rounds)
+    name, (domain, questions) = f"r{number:02d}", plan[number]
+    # The checkpoint before this round labels its questions (control `frozen`: R0 does)
+    model = rounds[-1].model if rounds else model_folder(s.edge.model, s.edge.revision)
+    labeller = model if rounds else buffer_model(s)
+    if rounds and s.label_control == "frozen":
+        labeller = rounds[0].model
+    overall = [row["confidence"] for row in rounds[0].rows] if rounds else []
+    new = label_questions(run, edge, name, labeller, questions, overall, cloud)
+    # Beside them rows of the buffer are replayed, as a rule with their labels
+    old = replay(buffer_rows(rounds), s.replay_rows, derive_seed(s.seed, name))
+    if s.relabel_replay and old:
+        known = {question.id: question for _, questions in plan for question in questions}
+        again = [known[row["id"]] for row in old]
+        old = label_questions(run, edge, f"{name}-replay", labeller, again, overall, cloud)
+    # All rows are learnt; the merged weights are the next checkpoint
+    trained: Record = {}
+    if labeller != model and not rounds:
+        edge.close()  # the sibling's engine cannot take another architecture's weights
+    if rounds or s.edge.format_install:
+        model, trained = fine_tune(run, edge, name, model, [*new, *old])
+    evaluation = answers(run, edge, dev, model, f"{name}-dev")
+    wrong = sum(cloud.get(q.id) != q.answer for q in questions) if cloud else None
+    return Round(number, domain, model, new, trained, evaluation, s.tau, wrong)
+
+
+# ------------------------------------------------------------------------------------------------
+# Questions and rows of a round
+
+
+def calibration_questions(train: Questions, settings: Settings) -> list[Question]:
+    """The questions of R0's buffer: `calibration_rows`, in equal parts from all domains."""
+    seed = derive_seed(settings.seed, "buffer")
+    return draw_balanced(train, settings.calibration_rows, settings.domains, seed)
+
+
+def round_questions(train: Questions, settings: Settings) -> Plan:
+    """The domain and the new questions of every round, R0's being the buffer's.
+
+    They are known beforehand, and repeat only once a domain has no others. Raises SettingsError for
+    a domain without questions.
+    """
+    pools = by_domain(train)
+    if missing := [domain for domain in settings.domains if domain not in pools]:
+        found = f"no training questions for {', '.join(missing)}; there are {', '.join(pools)}"
+        raise SettingsError(f"domains: {found}")
+    plan: Plan = [(None, calibration_questions(train, settings))]
+    for number in range(1, settings.rounds + 1):
+        domain = settings.domains[(number - 1) % len(settings.domains)]
+        used = {question.id for _, questions in plan for question in questions}
+        seed = derive_seed(settings.seed, f"r{number:02d}")
+        plan.append((domain, draw(pools[domain], settings.new_rows, seed, used)))
+    return plan
+
+
+def cloud_letters(run: Run, edge: EngineSlot, plan: Plan) -> Letters:
+    """The cloud's letters to all questions of the plan, if the settings use them; asked for once.
+
+    An unreadable answer has none. Raises EngineError where the cloud failed (`keep_local`).
+    """
+    if "cloud" not in (run.settings.answer_target, run.settings.label_reference):
+        return GOLD
+    questions = {question.id: question for _, questions in plan for question in questions}
+    table = cloud_answers(run, edge, list(questions.values()), "chain")
+    readable = table.dropna(subset="local_answer")
+    if table["failed"].any() or readable.empty:
+        raise EngineError("the cloud did not answer all training questions; run again to resume")
+    return dict(zip(readable["id"], readable["local_answer"], strict=True))
+
+
+def buffer_rows(rounds: Sequence[Round]) -> list[SftRow]:
+    """The buffer at the end of some rounds: R0's rows, then every round's new ones."""
+    return [row for result in rounds for row in result.rows]
+
+
+def replay(buffer: Sequence[SftRow], n: int, seed: int) -> list[SftRow]:
+    """`n` rows of the buffer at random, without repetition; all of it where it has fewer."""
+    return random.Random(seed).sample(list(buffer), min(n, len(buffer)))
+
+
+# ------------------------------------------------------------------------------------------------
+# The two stages that a model works on
+
+
+def edge_slot(settings: Settings) -> EngineSlot:
+    """Room for one checkpoint of the edge model at a time, in the engine that the settings name."""
+    training.limit_threads(settings)
+    options = {"dtype": settings.dtype, **settings.engine_options}
+    return EngineSlot(lambda model: make_engine(settings.engine, model, **options))
+
+
+def buffer_model(settings: Settings) -> Path:
+    """The model that labels R0's buffer: the edge model, or the sibling that installs the format."""
+    install, edge = settings.edge.format_install, settings.edge
+    model = (install.labels_from, install.revision) if install else (edge.model, edge.revision)
+    return model_folder(*model)
+
+
+def label_questions(
+    run: Run,
+    edge: EngineSlot,
+    name: str,
+    model: Path,
+    questions: Questions,
+    overall: Sequence[float] = (),
+    cloud: Letters = GOLD,
+) -> list[SftRow]:
+    """Training rows for `questions`, labelled by what the checkpoint `model` answers to them.
+
+    `cloud`: its letters, which are taught (`answer_target`) or count as right (`label_reference`);
+    a question without one is left out. `overall`: see `labels.control_labels`.
+    """
+    s, seed = run.settings, derive_seed(run.settings.seed, name, "samples")
+    if cloud:
+        questions = [question for question in questions if question.id in cloud]
+    reference = cloud if s.label_reference == "cloud" else GOLD
+    taught = cloud if s.answer_target == "cloud" else GOLD
+
+    def ask() -> list[Sample]:
+        if s.labels == "exact":
+            return labels.exact_answers(edge.load(model), questions, s, reference)
+        return labels.sample_answers(edge.load(model), questions, s, seed, reference)
+
+    right = digest([reference.get(question.id) for question in questions])
+    key = asked(s, questions, *DRAWN, "labels", *MODEL, seed=seed, reference=right)
+    samples = run.cached_rows(f"{name}-samples", key, ask, [model], [prompts, engines, labels])
+    pairs = zip(questions, cast(list[Sample], samples), strict=True)
+    rows = [labels.training_row(question, sample, s, taught) for question, sample in pairs]
+    return labels.control_labels([row for row in rows if row], s.label_control, seed, overall)
+
+
+def fine_tune(
+    run: Run, edge: EngineSlot, name: str, model: Path, rows: Sequence[SftRow]
+) -> tuple[Path, Record]:
+    """The next checkpoint, `model` trained on `rows`, and the record of its training (see `sft`)."""
+    s, seed = run.settings, derive_seed(run.settings.seed, name, "sft")
+    template = buffer_model(s) if s.edge.format_install else None
+
+    def compute(folder: Path) -> None:
+        write_jsonl(folder / "rows.jsonl", rows)
+        edge.sleep()  # the GPU is the training's
+        out = folder / "model"
+        training.train(
+            training.Job(model=model, rows=rows, settings=s, out=out, seed=seed, template=template)
+        )
+
+    key = {**s.only("lora", "sft", "training", "dtype"), "rows": digest(list(rows)), "seed": seed}
+    inputs = [path for path in (model, template) if path]
+    folder = run.cached(f"{name}-sft", key, compute, inputs, [prompts, training])
+    return folder / "model", read_record(folder / "training.json")
+
+
+def trained_checkpoint(run: Run) -> Path:
+    """The best checkpoint at hand: the run's last round, else a released one, else the edge model.
+
+    The run's counts only if notebook 02 finished with the same edge model; a released one is the
+    folder `foggen-r14` beside the edge model.
+    """
+    results = read_record(run.folder / "done" / "02_rounds.json").get("results", {})
+    edge, trained = run.settings.edge, run.folder / str(results.get("checkpoint"))
+    if results.get("edge") == edge.model and trained.is_dir():
+        return trained
+    released = (ROOT / edge.model).with_name("foggen-r14")
+    return released if released.is_dir() else model_folder(edge.model, edge.revision)
+
+
+# ------------------------------------------------------------------------------------------------
+# The open-ended branch
+
+
+class Branch(NamedTuple):
+    """The checkpoint of the branch round; its new rows, counts per task, the replay, the training."""
+
+    model: Path
+    rows: list[open_ended.OpenRow]
+    counts: list[dict[str, Any]]  # see `open_ended.r15_rows`
+    replayed: list[SftRow]
+    training: dict[str, Any]
+
+
+def run_r15(
+    run: Run, rounds: Sequence[Round], questions: Sequence[OpenQuestion], edge: EngineSlot
+) -> Branch:
+    """One more round from the chain's last checkpoint, which labels open-ended `questions`.
+
+    The chain stays as it is, and replayed rows keep their labels.
+    """
+    s, model, seed = run.settings, rounds[-1].model, derive_seed(run.settings.seed, "r15")
+
+    def compute(folder: Path) -> None:
+        rows, counts = open_ended.r15_rows(edge.load(model), questions, s, seed)
+        write_jsonl(folder / "rows.jsonl", rows)
+        write_jsonl(folder / "counts.jsonl", counts)
+
+    key = asked(s, questions, *DRAWN, "tie", "open_ended", *MODEL, seed=seed)
+    code = [prompts, engines, labels, open_ended]
+    folder = run.cached("r15-labels", key, compute, [model], code)
+    new = cast(list[open_ended.OpenRow], read_jsonl(folder / "rows.jsonl"))
+    old = replay(buffer_rows(rounds), s.open_ended.r15.replay, seed)
+    if s.open_ended.r15_model:  # trained by others on other rows; these are for the eye
+        branch = model_folder(s.open_ended.r15_model, s.open_ended.r15_revision)
+        trained: dict[str, Any] = {"rows": len(new) + len(old), "too_long": 0, "steps": 0}
+    else:
+        branch, trained = fine_tune(run, edge, "r15", model, [*new, *old])
+    return Branch(branch, new, read_jsonl(folder / "counts.jsonl"), old, trained)

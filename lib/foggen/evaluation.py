@@ -1,0 +1,257 @@
+"""From a checkpoint to its outcomes table: what routing, AutoMix and the baselines need of it.
+
+Every part is asked for once and kept in the run: `outcomes` -> `answers` -> `greedy_answers` ->
+`engine.generate`, with the cache (`stage`) in between. Knows no metric, and no training.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pandas as pd
+from scipy.special import expit
+
+from foggen import automix, engines, labels, open_ended, prompts
+from foggen.config import Settings, derive_seed, model_folder
+from foggen.engines import NOTHING, Engine, EngineSlot, Sampling, make_engine
+from foggen.labels import Questions
+from foggen.questions import OpenQuestion, Question, subset
+from foggen.store import Run, digest, progress
+
+MODEL = ("engine", "engine_options", "dtype")  # what every answer of a checkpoint depends on
+CLOUD = ("cloud", "dtype")
+DRAWN = ("samples", "temperature", "top_p", "top_k", "max_new_tokens")
+PARTS = ("scores", "votes", "verification")
+Parts = Sequence[str]
+OpenQuestions = Sequence[OpenQuestion]
+Rows = list[dict[str, Any]]
+Table = pd.DataFrame
+Ask = Callable[[Engine], Rows]
+
+
+def evaluated_questions(test: Questions, settings: Settings) -> list[Question]:
+    """The test questions that a run evaluates: the same ones for every seed."""
+    return subset(test, settings.test_questions, seed=0)
+
+
+def greedy_answers(engine: Engine, questions: Questions, settings: Settings) -> Rows:
+    """One greedy pass, a row per question:
+
+    {"id": "law-7", "domain": "law", "fact": "law/3", "gold": "A", "n_options": 4,
+     "local_answer": "B", "local_correct": 0, "confidence": 0.25, "local_tokens": 5,
+     "text": "Confidence: 0.25\\nFinal answer: B", "failed": 0}
+
+    An unreadable answer or confidence is None. `failed`: a cloud gave no text, not even an empty one.
+    """
+    messages = [prompts.mcq_messages(question, settings.prompt_variant) for question in questions]
+    replies = engine.generate(messages, Sampling(max_tokens=settings.max_new_tokens))
+    rows = []
+    for question, completions in zip(questions, replies, strict=True):
+        reply = completions[0] if completions else NOTHING
+        confidence, answer = prompts.parse_response(reply.text, len(question.options))
+        row = question.model_dump(include={"id", "domain", "fact"})
+        row |= {"gold": question.answer, "n_options": len(question.options)}
+        row |= {"local_answer": answer, "local_correct": int(answer == question.answer)}
+        row |= {"confidence": confidence, "local_tokens": reply.tokens, "text": reply.text}
+        rows.append({**row, "failed": int(not completions)})
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------
+# The cache
+
+
+def asked(
+    settings: Settings, questions: Questions | OpenQuestions, *names: str, **values: Any
+) -> dict[str, Any]:
+    """The key of a stage: what its answers depend on, beside model and code."""
+    contents = digest([question.model_dump(mode="json") for question in questions])
+    return {**settings.only("prompt_variant", *names), **values, "questions": contents}
+
+
+class CloudFailed(Exception):
+    """Some questions got no text of the cloud; carries all rows past the cache."""
+
+
+def stage(
+    run: Run, edge: EngineSlot, model: Path | None, name: str, key: Any, ask: Ask, *code: ModuleType
+) -> Table:
+    """The rows that `ask` gets from the checkpoint `model` (None: from the cloud), asked for once.
+
+    Where the cloud failed, rows are counted and shown, but not kept: the next run asks again.
+    """
+    cloud, key = run.settings.cloud, key | run.settings.only(*(MODEL if model else CLOUD))
+    inputs = [model] if model else []
+    if not model and cloud.engine != "openai":
+        inputs = [model_folder(cloud.model, cloud.revision)]
+
+    def compute() -> Rows:
+        if model:
+            return ask(edge.load(model))
+        edge.close()  # room for the cloud; in one process two vLLM engines kill each other
+        with closing(cloud_engine(run.settings)) as engine:
+            rows = ask(engine)
+        if failed := sum(row["failed"] for row in rows):
+            progress(f"  {name}: no answer to {failed} of {len(rows)}; the next run asks again")
+            raise CloudFailed(rows)
+        return rows
+
+    modules = [prompts, engines, sys.modules[__name__], *code]
+    try:
+        return Table(run.cached_rows(name, key, compute, inputs, modules))
+    except CloudFailed as failure:
+        return Table(failure.args[0])
+
+
+def cloud_engine(settings: Settings) -> Engine:
+    """The strong model as the profile names it: local weights, or an OpenAI-compatible server."""
+    cloud, options = settings.cloud, settings.cloud.options
+    if cloud.engine == "openai":
+        server = cloud.model_dump(include={"base_url", "key_variable", "on_failure"})
+        return make_engine("openai", cloud.model, **server, **options)
+    folder = model_folder(cloud.model, cloud.revision)
+    return make_engine(cloud.engine, folder, **{"dtype": settings.dtype, **options})
+
+
+# ------------------------------------------------------------------------------------------------
+# Multiple choice; `name`: a set of questions and a checkpoint, such as `test-r14`
+
+
+def answers(
+    run: Run, edge: EngineSlot, questions: Questions, model: Path | None, name: str
+) -> Table:
+    """`greedy_answers` of a checkpoint (None: of the cloud), with the questions' texts."""
+    settings, texts = run.settings, [question.question for question in questions]
+
+    def ask(engine: Engine) -> Rows:
+        return greedy_answers(engine, questions, settings)
+
+    key = asked(settings, questions, "max_new_tokens")
+    table = stage(run, edge, model, f"{name}-answers", key, ask)
+    return table.astype({"confidence": float}).assign(question=texts)
+
+
+def cloud_answers(run: Run, edge: EngineSlot, questions: Questions, name: str) -> Table:
+    """`greedy_answers` of the cloud, to the very prompts that the edge model gets."""
+    return answers(run, edge, questions, None, f"{name}-cloud")
+
+
+def letters_of(table: Table) -> list[str | None]:
+    """The letters in a table of `answers`; None where unreadable."""
+    return [None if pd.isna(letter) else str(letter) for letter in table["local_answer"]]
+
+
+def scores(run: Run, edge: EngineSlot, questions: Questions, model: Path, name: str) -> Table:
+    """Exact probabilities: E[c], the likeliest letter's share, and P(True) of the greedy answer."""
+    settings, letters = run.settings, letters_of(answers(run, edge, questions, model, name))
+
+    def ask(engine: Engine) -> Rows:
+        exact = labels.score_answers(engine, questions, settings.prompt_variant)
+        rows = []
+        for score, p in zip(exact, p_true(engine, questions, letters), strict=True):
+            row = {"expected_confidence": score.expected_confidence, "p_true": p}
+            rows.append({**row, "option_probability": score.option_probability})
+        return rows
+
+    key = asked(settings, questions, answers=letters)
+    return stage(run, edge, model, f"{name}-scores", key, ask, labels).astype(float)
+
+
+def p_true(engine: Engine, questions: Questions, letters: Sequence[str | None]) -> list[float]:
+    """P(True): the probability of the verdict "Correct" against "Incorrect", without reasoning.
+
+    NaN for an answer that could not be read (None): there is nothing to judge.
+    """
+    decide = {"role": "assistant", "content": prompts.VERIFY_DECISION}
+    pairs = [pair for pair in zip(questions, letters, strict=True) if pair[1]]
+    messages = [[*prompts.verify_messages(*pair), decide] for pair in pairs]
+    logs = iter(engine.score(messages, [[" Correct.", " Incorrect."]] * len(messages)))
+    verdicts = [next(logs) if letter else (math.nan, math.nan) for letter in letters]
+    return [float(expit(correct - incorrect)) for correct, incorrect in verdicts]
+
+
+def votes(run: Run, edge: EngineSlot, questions: Questions, model: Path, name: str) -> Table:
+    """The letters of the recipe's samples, one per sample, and the tokens that they took."""
+    settings, seed = run.settings, derive_seed(run.settings.seed, name.partition("-")[0], "votes")
+
+    def ask(engine: Engine) -> Rows:
+        samples = labels.sample_answers(engine, questions, settings, seed)
+        return [{"votes": s["votes"], "sample_tokens": s["tokens"]} for s in samples]
+
+    key = asked(settings, questions, *DRAWN, seed=seed)
+    return stage(run, edge, model, f"{name}-votes", key, ask, labels)
+
+
+def verifications(
+    run: Run, edge: EngineSlot, questions: Questions, model: Path, name: str
+) -> Table:
+    """AutoMix's verifications of the greedy answers, with their texts: see `automix.verify`."""
+    letters, rule = letters_of(answers(run, edge, questions, model, name)), run.settings.automix
+    seed = derive_seed(run.settings.seed, name.partition("-")[0], "verification")
+    sampling = Sampling(rule.k, rule.temperature, rule.max_new_tokens, seed)
+
+    def ask(engine: Engine) -> Rows:
+        return automix.verify(engine, questions, letters, sampling)
+
+    key = asked(run.settings, questions, "automix", answers=letters, seed=seed)
+    return stage(run, edge, model, f"{name}-verification", key, ask, automix)
+
+
+def outcomes(
+    run: Run, edge: EngineSlot, questions: Questions, model: Path, name: str, parts: Parts = PARTS
+) -> Table:
+    """The outcomes table of a checkpoint, in the columns of `routing.Outcome`, with these parts."""
+    known = {"scores": scores, "votes": votes, "verification": verifications}
+    tables = [known[part](run, edge, questions, model, name) for part in parts]
+    local = answers(run, edge, questions, model, name).drop(columns="failed")
+    cloud = cloud_answers(run, edge, questions, name.partition("-")[0])
+    cloud = cloud[["local_answer", "local_correct", "local_tokens", "failed"]]
+    cloud.columns = ["cloud_answer", "cloud_correct", "cloud_tokens", "cloud_failed"]
+    table = pd.concat([local, *tables, cloud], axis=1).drop(columns="texts", errors="ignore")
+    return keep_local(table).assign(seed=run.settings.seed)
+
+
+def keep_local(table: Table) -> Table:
+    """Where the cloud failed (`cloud_failed` 1) the edge model's answer stands for its own."""
+    failed = table["cloud_failed"] == 1
+    for part in ("answer", "correct"):
+        table[f"cloud_{part}"] = table[f"cloud_{part}"].mask(failed, table[f"local_{part}"])
+    return table
+
+
+# ------------------------------------------------------------------------------------------------
+# Open-ended questions
+
+
+def open_outcomes(
+    run: Run, edge: EngineSlot, questions: OpenQuestions, model: Path, name: str
+) -> Table:
+    """The outcomes table of a checkpoint on open-ended questions, with a task for a domain."""
+    limits = run.settings.open_ended.max_new_tokens.model_dump()
+
+    def ask(engine: Engine) -> Rows:
+        return open_ended.evaluate_open(engine, questions, limits)
+
+    key, cloud = asked(run.settings, questions, limits=limits), f"{name.partition('-')[0]}-cloud"
+    pairs = ((model, name), (None, cloud))
+    tables = [stage(run, edge, at, f"{name}-answers", key, ask, open_ended) for at, name in pairs]
+    return keep_local(open_ended.open_outcomes(*tables)).assign(seed=run.settings.seed)
+
+
+def judged(run: Run, edge: EngineSlot, questions: OpenQuestions, model: Path, name: str) -> Table:
+    """The cloud's grades of a checkpoint's TruthfulQA answers: see `open_ended.judge`."""
+    table = open_outcomes(run, edge, questions, model, name)
+    texts = letters_of(table[table["task"] == "truthfulqa"])
+    graded = [question for question in questions if question.task == "truthfulqa"]
+
+    def ask(engine: Engine) -> Rows:
+        return open_ended.judge(engine, graded, texts)
+
+    key = asked(run.settings, graded, answers=texts)
+    return stage(run, edge, None, f"{name}-judged", key, ask, open_ended).astype({"correct": float})

@@ -1,0 +1,234 @@
+"""From a model's own answers to confidence labels, and from labels to training rows.
+
+Holds how a checkpoint is asked what it knows, and how that becomes a label. Must not know how a
+model is run, trained or stored.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import logsumexp, softmax
+
+from foggen import prompts
+from foggen.config import Settings
+from foggen.engines import Engine, Sampling
+from foggen.questions import Question
+
+Floats = NDArray[np.floating[Any]]
+Questions = Sequence[Question]
+Letters = Mapping[str, str]  # question id -> letter
+GOLD: Letters = {}  # no letters in place of the gold ones
+
+
+class Sample(TypedDict):
+    """What a checkpoint knows of one question.
+
+    {"id": "law-7", "p_correct": 0.75, "majority_answer": "A", "votes": "AABA-AAA",
+     "texts": ["Confidence: 1.0\\nFinal answer: A", ...], "tokens": 40}
+
+    `p_correct`: share (or probability) of right answers, 0 to 1. `votes`: one letter per generation,
+    `-` for an unreadable one; None where probabilities were read instead (`labels: exact`).
+    """
+
+    id: str
+    p_correct: float
+    majority_answer: str | None
+    votes: str | None
+    texts: NotRequired[list[str]]
+    tokens: NotRequired[int]
+
+
+class SftRow(TypedDict):
+    """One training row: the prompt, the assistant turn to learn, and what that turn was made from.
+
+    {"id": "law-7", "domain": "law", "messages": [{"role": "system", "content": ...}, ...],
+     "target": "Confidence: 0.75\\nFinal answer: A", "answer": "A", "confidence": 0.75,
+     "votes": "AABA-AAA"}
+    """
+
+    id: str
+    domain: str
+    messages: prompts.Messages
+    target: str
+    answer: str
+    confidence: float
+    votes: str | None
+
+
+def bucket(p: float, tie: Literal["up", "down"] = "up") -> float:
+    """The confidence nearest to `p` of 0, 0.25, 0.5, 0.75 and 1; halfway it goes up or down.
+
+    >>> [bucket(k / 8) for k in range(9)]
+    [0.0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1.0, 1.0]
+    """
+    quarters = math.floor(4 * p + 0.5) if tie == "up" else math.ceil(4 * p - 0.5)
+    return quarters / 4
+
+
+# ------------------------------------------------------------------------------------------------
+# Asking the checkpoint: by samples
+
+
+def recipe_sampling(settings: Settings, seed: int = 0) -> Sampling:
+    """How the recipe draws answers: `samples` of them at its temperature, top_p and top_k."""
+    sampling = Sampling(settings.samples, settings.temperature, settings.max_new_tokens, seed)
+    return replace(sampling, top_p=settings.top_p, top_k=settings.top_k)
+
+
+def sample_answers(
+    engine: Engine, questions: Questions, settings: Settings, seed: int, reference: Letters = GOLD
+) -> list[Sample]:
+    """Answers every question `samples` times, and counts the right answers.
+
+    `reference`: letters that count as right in place of the gold ones, by question id.
+    """
+    messages = [prompts.mcq_messages(question, settings.prompt_variant) for question in questions]
+    replies = engine.generate(messages, recipe_sampling(settings, seed))
+    samples: list[Sample] = []
+    for question, completions in zip(questions, replies, strict=True):
+        texts = [completion.text for completion in completions]
+        read = [prompts.parse_response(text, len(question.options)).answer for text in texts]
+        votes = "".join(letter or "-" for letter in read)
+        shares = {letter: votes.count(letter) / len(votes) for letter in votes if letter != "-"}
+        tokens = sum(completion.tokens for completion in completions)
+        sample = judged_sample(question, shares, reference, votes)
+        samples.append({**sample, "texts": texts, "tokens": tokens})
+    return samples
+
+
+def judged_sample(
+    question: Question, shares: Mapping[str, float], reference: Letters, votes: str | None = None
+) -> Sample:
+    """The sample of a question whose letters were given with these shares (or probabilities)."""
+    right = reference.get(question.id, question.answer)
+    majority = max(shares, key=shares.__getitem__, default=None)  # the first one among equals
+    p = shares.get(right, 0.0)
+    return Sample(id=question.id, p_correct=p, majority_answer=majority, votes=votes)
+
+
+# ------------------------------------------------------------------------------------------------
+# Asking the checkpoint: by probabilities
+
+PURE = Sampling(temperature=1.0)
+
+
+class AnswerScores(NamedTuple):
+    """Log-probabilities in nats of a question's answers in the format; -inf: impossible."""
+
+    log_confidence: Floats  # (5,): log P(bucket)
+    log_joint: Floats  # (5, options): log P(bucket and letter)
+
+    @property
+    def letters(self) -> Floats:
+        """(options,): P(letter), whatever the confidence before it; they sum to at most 1."""
+        return np.exp(logsumexp(self.log_joint, axis=0))
+
+    @property
+    def expected_confidence(self) -> float:
+        """E[c], the mean bucket: a confidence with more than five levels."""
+        return float(softmax(self.log_confidence) @ prompts.BUCKETS)
+
+    @property
+    def option_probability(self) -> float:
+        """The likeliest letter's share among the letters, however seldom the format is met."""
+        return float(softmax(logsumexp(self.log_joint, axis=0)).max())
+
+
+def score_answers(
+    engine: Engine, questions: Questions, variant: prompts.Variant, sampling: Sampling = PURE
+) -> list[AnswerScores]:
+    """Exact P(bucket) and P(bucket) * P(letter | bucket), at the temperature of `sampling`."""
+    messages = [prompts.mcq_messages(question, variant) for question in questions]
+    heads = [f"{prompts.CONFIDENCE_PREFIX} {text}" for text in prompts.BUCKET_TEXTS]
+    ends = [f"{prompts.ANSWER_PREFIX} {letter}" for letter in prompts.LETTERS]
+    continuations = [
+        heads + [head + end for head in heads for end in ends[: len(question.options)]]
+        for question in questions
+    ]
+    drawn = (sampling.temperature, sampling.top_p, sampling.top_k)
+    scores = []
+    for row in engine.score(messages, continuations, *drawn):
+        log_confidence, log_joint = np.split(np.array(row), [len(heads)])
+        scores.append(AnswerScores(log_confidence, log_joint.reshape(len(heads), -1)))
+    return scores
+
+
+def exact_answers(
+    engine: Engine, questions: Questions, settings: Settings, reference: Letters = GOLD
+) -> list[Sample]:
+    """As `sample_answers`, with the probability of a right answer: its share in endless samples.
+
+    Only answers in the full format count, so a model off the format gets lower labels than from
+    samples, where a right letter counts after any confidence.
+    """
+    sampling, samples = recipe_sampling(settings), []
+    scores = score_answers(engine, questions, settings.prompt_variant, sampling)
+    for question, score in zip(questions, scores, strict=True):
+        shares = {letter: p for letter, p in zip(prompts.LETTERS, score.letters) if p > 0}
+        samples.append(judged_sample(question, shares, reference))
+    return samples
+
+
+# ------------------------------------------------------------------------------------------------
+# Labels
+
+
+def training_row(
+    question: Question, sample: Sample, settings: Settings, cloud: Letters = GOLD
+) -> SftRow | None:
+    """The row that teaches a question with its label, and the gold letter, or that of `cloud`.
+
+    With `answer_target: self` it teaches the majority letter; None where there is none to teach.
+    """
+    answer: str | None = cloud.get(question.id, question.answer)
+    if settings.answer_target == "self":
+        answer = sample["majority_answer"]
+    if answer is None:
+        return None
+    confidence = bucket(sample["p_correct"], settings.tie)
+    return SftRow(
+        id=question.id,
+        domain=question.domain,
+        messages=prompts.mcq_messages(question, settings.prompt_variant),
+        target=prompts.target_text(confidence, answer),
+        answer=answer,
+        confidence=confidence,
+        votes=sample["votes"],
+    )
+
+
+def control_labels(
+    rows: Sequence[SftRow], control: str, seed: int, overall: Sequence[float] = ()
+) -> list[SftRow]:
+    """Rows whose labels say nothing about their question: what they teach is not knowledge.
+
+    `random` draws every label from `overall` (else from the rows' labels), so that not even a
+    domain's level is left; `permuted` exchanges labels within a domain; others leave them.
+    """
+    labels, rng = [row["confidence"] for row in rows], random.Random(seed)
+    if control == "random":
+        labels = rng.choices(list(overall) or labels, k=len(rows))
+    elif control == "permuted":
+        for domain in sorted({row["domain"] for row in rows}):
+            places = [place for place, row in enumerate(rows) if row["domain"] == domain]
+            for place, source in zip(places, rng.sample(places, len(places)), strict=True):
+                labels[place] = rows[source]["confidence"]
+    return [
+        {**row, "confidence": label, "target": prompts.target_text(label, row["answer"])}
+        for row, label in zip(rows, labels, strict=True)
+    ]
+
+
+def label_histogram(rows: Iterable[SftRow]) -> dict[str, int]:
+    """Rows per label: {"0.0": 12, "0.25": 3, "0.5": 9, "0.75": 11, "1.0": 45}."""
+    counts = Counter(row["confidence"] for row in rows)
+    pairs = zip(prompts.BUCKET_TEXTS, prompts.BUCKETS, strict=True)
+    return {text: counts[value] for text, value in pairs}
