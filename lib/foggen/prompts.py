@@ -1,6 +1,9 @@
 """What the models read and write: prompts, their token ids, and the parser of the answers.
 
-Holds the recipe's texts and nothing about how a model is run or trained.
+Holds the recipe's texts and must not know how a model is run or trained. A taught answer:
+
+    Confidence: 0.75
+    Final answer: B
 """
 
 from __future__ import annotations
@@ -8,8 +11,11 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Sequence
+from datetime import date
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from jinja2 import TemplateError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,73 +25,58 @@ if TYPE_CHECKING:
 Messages = list[dict[str, str]]
 Variant = Literal["blank_line", "compact"]
 
-BUCKETS: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-BUCKET_TEXTS: tuple[str, ...] = ("0.0", "0.25", "0.5", "0.75", "1.0")
+BUCKETS = (0.0, 0.25, 0.5, 0.75, 1.0)
+BUCKET_TEXTS = ("0.0", "0.25", "0.5", "0.75", "1.0")
 CONFIDENCE_PREFIX = "Confidence:"
 ANSWER_PREFIX = "\nFinal answer:"
 LETTERS = string.ascii_uppercase
 
+# ---------------------------------------------------------------------------------------------
+# Prompts
+
 _SYSTEM = """\
-You are a self-aware {assistant} assistant.
+You are a self-aware {} assistant.
 
 Rules:
 - Do not output <think> tags.
 - First, assess your confidence in solving this question.
-- Then {then}.
+- Then {}.
 - Output format:
   Confidence: <0.0|0.25|0.5|0.75|1.0>
-  {form}"""
-
-
-def _system(assistant: str, then: str, form: str) -> str:
-    return _SYSTEM.format(assistant=assistant, then=then, form=form)
-
-
-_MCQ = _system("multiple-choice", "give your answer", "Final answer: <OPTION_LETTER>")
-# The public model cards show the same system prompt twice, with different white space; both are kept as variants.
-SYSTEM_MCQ: dict[str, str] = {
+  {}"""
+_MCQ = _SYSTEM.format("multiple-choice", "give your answer", "Final answer: <OPTION_LETTER>")
+# The public model cards show this prompt twice, with different white space; both are variants.
+SYSTEM_MCQ = {
     "blank_line": _MCQ,
     "compact": _MCQ.replace("\n\n", "\n").replace("\n  ", "\n"),
 }
-SYSTEM_OPEN: dict[str, str] = {
-    "squad": _system(
-        "reading comprehension", "give your answer, a short span copied from the passage", "Final answer: <SPAN>"
-    ),
-    "truthfulqa": _system("factual question", "give your answer in one short sentence", "Final answer: <ANSWER>"),
-    "gsm8k": _system(
-        "math", "reason step by step, and give your answer as a number", "<REASONING>\n  Final answer: <NUMBER>"
-    ),
+_SPAN = "give your answer, a short span copied from the passage"
+_SENTENCE = "give your answer in one short sentence"
+_REASON = "reason step by step, and give your answer as a number"
+SYSTEM_OPEN = {
+    "squad": _SYSTEM.format("reading comprehension", _SPAN, "Final answer: <SPAN>"),
+    "truthfulqa": _SYSTEM.format("factual question", _SENTENCE, "Final answer: <ANSWER>"),
+    "gsm8k": _SYSTEM.format("math", _REASON, "<REASONING>\n  Final answer: <NUMBER>"),
 }
-
-
-class Response(NamedTuple):
-    """What a model said: the confidence bucket and the answer, each None when it cannot be read."""
-
-    confidence: float | None
-    answer: str | None
-
-
-class Route(NamedTuple):
-    """Where a query goes: `local` keeps the edge answer, `cloud` asks the strong model."""
-
-    action: Literal["local", "cloud"]
-    confidence: float | None
-    answer: str | None
 
 
 def _chat(system: str, user: str) -> Messages:
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
 
+def _passage(context: str) -> str:
+    return f"Passage: {context}\n\n" if context else ""
+
+
 def option_lines(options: Sequence[str]) -> str:
-    """One line an option: `A. first`, `B. second`, ..."""
+    """One line per option: `A. first`, `B. second`, ..."""
     return "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, options, strict=False))
 
 
 def user_turn(question: Question, variant: Variant = "blank_line") -> str:
-    """The user turn: question text, a blank line (not in `compact`), one line an option."""
+    """The user turn: passage (if any), question, a blank line (not in `compact`), the options."""
     gap = "\n\n" if variant == "blank_line" else "\n"
-    return f"{question.question}{gap}{option_lines(question.options)}"
+    return f"{_passage(question.context)}{question.question}{gap}{option_lines(question.options)}"
 
 
 def mcq_messages(question: Question, variant: Variant = "blank_line") -> Messages:
@@ -94,27 +85,28 @@ def mcq_messages(question: Question, variant: Variant = "blank_line") -> Message
 
 
 def open_messages(question: OpenQuestion) -> Messages:
-    """The prompt of an open-ended question: its task's system prompt, then passage (if any) and question."""
-    passage = f"Passage: {question.context}\n\n" if question.context else ""
-    return _chat(SYSTEM_OPEN[question.task], f"{passage}Question: {question.question}")
+    """The prompt of an open-ended question: the system prompt of its task, passage, question."""
+    user = f"{_passage(question.context)}Question: {question.question}"
+    return _chat(SYSTEM_OPEN[question.task], user)
 
 
 def target_text(confidence: float, answer: str, reasoning: str = "") -> str:
-    """The assistant turn that supervised fine-tuning teaches: confidence, optional reasoning, answer."""
+    """The assistant turn that fine-tuning teaches: confidence, reasoning (if any), answer."""
+    bucket = BUCKET_TEXTS[BUCKETS.index(confidence)]
     middle = f"\n{reasoning}" if reasoning else ""
-    return f"{CONFIDENCE_PREFIX} {BUCKET_TEXTS[BUCKETS.index(confidence)]}{middle}{ANSWER_PREFIX} {answer}"
+    return f"{CONFIDENCE_PREFIX} {bucket}{middle}{ANSWER_PREFIX} {answer}"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Self-verification (AutoMix): a few-shot text in one user turn, continued by the model's own judgement.
+# ---------------------------------------------------------------------------------------------
+# Self-verification (AutoMix): a few-shot text in one user turn, continued by the model's judgement
 
 VERIFY_SYSTEM = "You check answers. Decide if the AI generated answer is correct."
 VERIFY_DECISION = "Verification Decision: The AI generated answer is"
-_INSTRUCTION = "Instruction: Decide if the AI generated answer is correct or incorrect, and say why."
+_INSTRUCTION = "Decide if the AI generated answer is correct or incorrect, and say why."
 
 
 class Exemplar(NamedTuple):
-    """One worked verification."""
+    """A worked verification, shown to the model before the answer that it has to check."""
 
     question: str
     options: tuple[str, ...]
@@ -123,155 +115,208 @@ class Exemplar(NamedTuple):
     correct: bool
 
 
-EXEMPLARS: tuple[Exemplar, ...] = (
+EXEMPLARS = (
     Exemplar("How many days are in a leap year?", ("364", "365", "366", "367"), "C",
              "A leap year has one day more than 365.", True),
     Exemplar("Which animal lays eggs?", ("dog", "hen", "cow", "cat"), "A",
              "Dogs give birth to puppies, and hens lay eggs.", False),
     Exemplar("What do you call frozen water?", ("sand", "steam", "smoke", "ice"), "D",
              "Water that freezes turns into ice.", True),
-    Exemplar("Which color do you get from blue and yellow?", ("red", "green", "black", "white"), "C",
-             "Blue and yellow give green, and not black.", False),
+    Exemplar("Which color do you get from blue and yellow?", ("red", "green", "black", "white"),
+             "C", "Blue and yellow give green, and not black.", False),
 )  # fmt: skip
 
 
-def verification_text(question: str, options: Sequence[str], answer: str) -> str:
-    """One question with the answer to be checked, in AutoMix's field order (no context for multiple choice)."""
-    content = options[LETTERS.index(answer)]
-    return (
-        f"Question: {question}\n\n{option_lines(options)}\n\nAI Generated Answer: {answer}. {content}\n"
-        f"{_INSTRUCTION}\nEvaluation:"
-    )
+def verification_text(question: str, options: Sequence[str], answer: str, context: str) -> str:
+    """A question with the answer (a letter) to be checked, in the order of AutoMix's fields."""
+    given = f"Context: {context}\n\n" if context else ""
+    stated = f"AI Generated Answer: {answer}. {options[LETTERS.index(answer)]}"
+    shown = f"{given}Question: {question}\n\n{option_lines(options)}\n\n{stated}"
+    return f"{shown}\nInstruction: {_INSTRUCTION}\nEvaluation:"
 
 
 def worked_verification(exemplar: Exemplar) -> str:
     """An exemplar as text, with its evaluation and decision."""
+    shown = verification_text(exemplar.question, exemplar.options, exemplar.answer, context="")
     decision = "Correct" if exemplar.correct else "Incorrect"
-    shown = verification_text(exemplar.question, exemplar.options, exemplar.answer)
     return f"{shown} {exemplar.evaluation}\n{VERIFY_DECISION} {decision}."
 
 
 def verify_messages(question: Question, answer: str, shots: int = len(EXEMPLARS)) -> Messages:
-    """Few-shot self-verification of `answer` (a letter): 4 worked examples, two correct and two incorrect."""
+    """Few-shot verification of `answer` (a letter): 4 examples, two correct and two incorrect."""
     shown = [worked_verification(exemplar) for exemplar in EXEMPLARS[:shots]]
-    content = "\n\n".join([*shown, verification_text(question.question, question.options, answer)])
-    return _chat(VERIFY_SYSTEM, content)
+    shown.append(verification_text(question.question, question.options, answer, question.context))
+    return _chat(VERIFY_SYSTEM, "\n\n".join(shown))
 
 
 def parse_verification(text: str) -> bool | None:
-    """The decision in a verification: True (correct), False (incorrect), None when there is none. Last one wins."""
-    found = re.findall(r"answer\s+is\s+(incorrect|correct|not\s+correct)", text, flags=re.IGNORECASE)
-    return None if not found else found[-1].lower() == "correct"
+    """The last decision of a verification: True (correct), False (incorrect), None without one."""
+    decisions = re.findall(r"(?i)answer\s+is\s+(incorrect|correct|not\s+correct)", text)
+    return decisions[-1].lower() == "correct" if decisions else None
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Reading an answer
+# ---------------------------------------------------------------------------------------------
+# Parser
 
-_CONFIDENCE = re.compile(r"confidence\s*:\s*([0-9][0-9.]*)", re.IGNORECASE)
-# The letter is matched with its case: without, `[A-Za-z]` takes in a few letters beyond ASCII.
-_ANSWER = re.compile(r"final\s+answer\s*:\s*\(?((?-i:[A-Za-z]))(?![A-Za-z])", re.IGNORECASE)
-_FREE_ANSWER = re.compile(r"final\s+answer\s*:[ \t]*([^\n]*)", re.IGNORECASE)
-_BUCKET = re.compile(r"([01](\.0*)?|0\.(25|5|75)0*)\.*")
+
+class Response(NamedTuple):
+    """The confidence bucket and the answer that a model states; None where it cannot be read."""
+
+    confidence: float | None
+    answer: str | None
+
+
+class Route(NamedTuple):
+    """Where a query goes: `local` keeps the edge model's answer, `cloud` asks the strong model."""
+
+    action: Literal["local", "cloud"]
+    confidence: float | None
+    answer: str | None
+
+
+_CONFIDENCE = re.compile(r"(?i)(?<!\w)confidence\s*:\s*")
+_ANSWER = re.compile(r"(?i)(?<!\w)final\s+answer\s*:")
+_LINE_END = r"[^\S\n]*(?:\n|\Z)"
+_BUCKET = re.compile(  # with the end of a sentence at most, which the comma of `1,5` is not
+    rf"(?i)([01](?:\.0+)?|0\.(?:25|5|75)0*)(?:[.,;!]+(?!\s*\d))?(?:{_LINE_END}|\s+final\s+answer\s*:)"
+)
+_OPEN, _CLOSE = r"(?:\*\*|\(|\$|\\boxed\{)*", r"(?:\*\*|[.:)}$])"
+_LETTER = re.compile(rf"\s*{_OPEN}([A-Za-z]){_CLOSE}*{_LINE_END}")
+_LETTER_WITH_TEXT = re.compile(rf"[^\S\n]*{_OPEN}([A-Za-z]){_CLOSE}+[^\S\n]+(\S.*)")
+# A single letter that is no article: of `A car or B`, the B.
+_SINGLE_LETTER = re.compile(r"(?<![\w'’])(?!A\s+(?!AND\b|OR\b)\w\w)([A-Z])(?![\w'’])")
+
+
+def _after(mark: re.Pattern[str], text: str) -> str:
+    """What follows the first mark; "" without one."""
+    found = mark.search(text)
+    return text[found.end() :] if found else ""
 
 
 def _confidence(text: str) -> float | None:
-    """Exactly one of the five buckets, written with any number of trailing zeros; everything else is no confidence."""
-    said = _CONFIDENCE.search(text)
-    return float(said[1].rstrip(".")) if said and _BUCKET.fullmatch(said[1]) else None
+    stated = _BUCKET.match(_after(_CONFIDENCE, text))
+    return float(stated[1]) if stated else None
+
+
+def _letter(text: str, letters: str) -> str | None:
+    """The stated letter, unless the option's text behind it names another one (`B) or C`)."""
+    answer = _after(_ANSWER, text)
+    stated = _LETTER.match(answer) or _LETTER_WITH_TEXT.match(answer)
+    if not stated:
+        return None
+    letter, behind = stated[1].upper(), stated[0][stated.end(1) :]
+    named = {letter, *_SINGLE_LETTER.findall(behind.upper())}
+    return letter if named & set(letters) == {letter} else None
 
 
 def parse_response(text: str, options: int = 26) -> Response:
-    """Reads `Confidence: <bucket>` and `Final answer: <letter>`; never raises, whatever the string.
+    r"""Reads `Confidence: <bucket>` and `Final answer: <letter>`; never raises, whatever the text.
 
-    The FIRST match of each counts: the model commits to its first statement, and text that a model runs on with
-    after its answer cannot change it. A number that is not one of the five buckets is no confidence; a letter
-    beyond the question's `options` is no answer.
+    The FIRST mark of either counts, readable or not: a model commits to its first statement, and
+    what it runs on with afterwards cannot change it. Case and white space do not matter.
+
+    Confidence: a bucket with any number of trailing zeros (`1`, `0.50`) that stands alone on its
+    line, before the end of a sentence or `Final answer:`. `1%`, `1/5`, `1 out of 10`, `1e-2`,
+    `0,75`, `0.5-0.75` and `0.7` are no confidence.
+
+    Answer: one letter among the question's `options`, alone on its line: `B`, `(B)`, `B.`, `B)`,
+    `**B**`, `\boxed{B}`. A letter so marked may have its option's text behind it on the line of
+    the mark: `B) text`, `B. text`. `a car`, `C++`, `B12` and `A or B` are no answer, and neither
+    is a text that names another letter (`D. Both A and B`).
     """
-    said = _ANSWER.search(text)
-    letter = said[1].upper() if said else None
-    return Response(_confidence(text), letter if letter and LETTERS.index(letter) < options else None)
+    return Response(_confidence(text), _letter(text, LETTERS[:options]))
 
 
 def parse_open_response(text: str) -> Response:
-    """As `parse_response`, with free text after `Final answer:` (to the end of its line) as the answer."""
-    said = _FREE_ANSWER.search(text)
-    return Response(_confidence(text), (said[1].strip() or None) if said else None)
+    """As `parse_response`; the answer is the text after `Final answer:`, to the end of its line."""
+    answer = _after(_ANSWER, text).split("\n", 1)[0].strip()
+    return Response(_confidence(text), answer or None)
 
 
 def route_query(text: str, tau: float = 0.5, options: int = 26) -> Route:
-    """Keeps the local answer if its confidence is at least `tau`; no readable confidence goes to the cloud."""
+    """Keeps a readable answer whose confidence is at least `tau`; all else goes to the cloud."""
     confidence, answer = parse_response(text, options)
-    keep = confidence is not None and confidence >= tau
+    keep = answer is not None and confidence is not None and confidence >= tau
     return Route("local" if keep else "cloud", confidence, answer)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # From messages to token ids
+
+_CONTENT = "\ue000"  # stands for the content of a message while the template is rendered
+# Templates that state today's date get Llama's default one: prompts must not change overnight.
+_DATE = date(2024, 7, 26)
+
+
+class ChatTemplateError(ValueError):
+    """A chat template that this recipe cannot use; the message names its model."""
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
     """Token ids of a chat up to where the assistant speaks; contents are always plain text.
 
-    A question may contain `<|im_end|>` or other chat markup. Rendering the template to one string and tokenising
-    it would turn that text into control tokens. So the template is rendered around placeholders: its own text may
-    become control tokens, the contents never do. A last message of the role `assistant` is a prefix that the model
-    continues, without an end-of-turn token.
+    A question may contain `<|im_end|>` or other chat markup. Rendering the template to one string
+    and tokenising it would turn that text into control tokens. So the template is rendered around
+    placeholders: its text may become control tokens, the contents never do. A last message of
+    the role `assistant` is a prefix that the model continues, without an end-of-turn token.
     """
-    last = messages[-1]
-    prefix = last["content"] if last["role"] == "assistant" else ""
-    chat = messages[:-1] if prefix else messages
-    ids: list[int] = []
-    for piece in _frame(tokenizer, tuple(message["role"] for message in chat)):
-        ids += plain_ids(tokenizer, chat[piece]["content"]) if isinstance(piece, int) else piece
+    is_prefix = messages[-1]["role"] == "assistant"
+    prefix = messages[-1]["content"] if is_prefix else ""
+    chat = messages[:-1] if is_prefix else messages
+    head, *pieces = _template_pieces(tokenizer, tuple(message["role"] for message in chat))
+    ids = _control_ids(tokenizer, head)
+    for message, piece in zip(chat, pieces, strict=True):
+        ids += plain_ids(tokenizer, message["content"]) + _control_ids(tokenizer, piece)
     return ids + plain_ids(tokenizer, prefix)
 
 
 @lru_cache(maxsize=64)
-def _frame(tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...]) -> list[list[int] | int]:
-    """A chat of these roles as the template's token ids, with a message's index where its content goes.
+def _template_pieces(tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...]) -> list[str]:
+    """The template's text before, between and after the contents of a chat of these roles.
 
-    Thousands of prompts share it, and rendering a template takes longer than tokenising a question.
+    Thousands of prompts share it, and rendering a template is slower than tokenising a question.
     """
-    marks = [f"\ue000{index}\ue001" for index in range(len(roles))]
-    shells = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-    pieces = re.split("\ue000([0-9]+)\ue001", _rendered(tokenizer, shells))
-    return [int(piece) if place % 2 else _control_ids(tokenizer, piece) for place, piece in enumerate(pieces) if piece]
+    turns = [{"role": role, "content": _CONTENT} for role in roles]
+    pieces = _rendered(tokenizer, turns, add_generation_prompt=True).split(_CONTENT)
+    if len(pieces) != len(roles) + 1 and roles[:1] == ("system",) and len(roles) > 1:
+        # Without a system role its text leads the first user turn.
+        turns[1]["content"] = f"{_CONTENT}\n\n{_CONTENT}"
+        pieces = _rendered(tokenizer, turns[1:], add_generation_prompt=True).split(_CONTENT)
+    if len(pieces) != len(roles) + 1:
+        raise ChatTemplateError(f"{tokenizer.name_or_path}: its template leaves out a message")
+    return pieces
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, shells: Messages) -> str:
-    """The template's text around placeholders. One without a system role gets it at the head of the first user turn."""
-    from jinja2 import TemplateError
-
-    trouble: Exception = ValueError("the model's chat template leaves out a message")
+def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Messages, **options: Any) -> str:
+    """A chat as the template's text; "" where the template refuses it."""
+    options |= {"enable_thinking": False, "strftime_now": _DATE.strftime}
     try:
-        rendered = _applied(tokenizer, shells, add_generation_prompt=True)
-        if all(shell["content"] in rendered for shell in shells):
-            return rendered
-    except TemplateError as error:
-        trouble = error
-    if shells[0]["role"] != "system" or len(shells) < 2:
-        raise trouble
-    system, first, *rest = shells
-    joined = {"role": first["role"], "content": f"{system['content']}\n\n{first['content']}"}
-    return _rendered(tokenizer, [joined, *rest])
-
-
-def _applied(tokenizer: PreTrainedTokenizerBase, chat: Messages, **options: Any) -> str:
-    return str(tokenizer.apply_chat_template(chat, tokenize=False, enable_thinking=False, **options))
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, **options))
+    except TemplateError:
+        return ""
 
 
 def _control_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a template's own text, which may hold control tokens."""
+    """Token ids of a template's text, which may hold control tokens."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text, with everything that looks like a control token taken as plain characters."""
+    """Token ids of a text in which everything that looks like a control token is plain text."""
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
-def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that the chat template puts after an assistant turn: what a trained answer ends with."""
-    mark = "\ue000"
-    rendered = _applied(tokenizer, [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}])
-    return _control_ids(tokenizer, rendered.rsplit(mark, 1)[1])[0]
+def turn_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    r"""The tokens after an assistant's text, up to the first control token: the end of its turn.
+
+    `[<|im_end|>]` in most templates, `[\n, <|EOT|>]` where a line break precedes the mark. All of
+    them are learnt; generation ends at the last one. Raises ChatTemplateError without a mark.
+    """
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _CONTENT}]
+    ending = _rendered(tokenizer, turns).rpartition(_CONTENT)[2]
+    ids, added = _control_ids(tokenizer, ending), tokenizer.added_tokens_decoder
+    for place, token in enumerate(ids, 1):
+        if token in added and added[token].special:
+            return ids[:place]
+    trouble = f"its template ends an assistant's turn with {ending!r}, without a control token"
+    raise ChatTemplateError(f"{tokenizer.name_or_path}: {trouble}")

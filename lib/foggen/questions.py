@@ -1,226 +1,166 @@
-"""Questions: the two types, their loaders and validation, sampling, splits and leakage checks.
+"""Questions: the two types and their checks, how they are drawn, and the splits of a run.
 
-Knows nothing of prompts or models.
+A row of a question file (`fact` is what is asked about: the unit of splitting and resampling):
+
+    {"id": "law-7", "domain": "law", "question": "Who may veto a bill?", "fact": "law/veto",
+     "options": ["the court", "the president", "a voter"], "answer": "B"}
+
+Must not know how models are prompted, run or trained.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from foggen.shapes import LETTERS, Columns, ShapeError, canonical
+from foggen import sources
+from foggen.config import Columns, Settings, Source, is_local
+from foggen.prompts import LETTERS, SYSTEM_OPEN
+from foggen.sources import Kind, Table
+from foggen.sources import QuestionError as QuestionError
+from foggen.sources import normalised as normalised
+from foggen.store import ROOT, digest, progress
 
-# The recipe's rotation order
-DOMAINS = ("finance", "science", "coding", "law", "math", "kazakh_culture", "medical")
-TASKS = ("squad", "truthfulqa", "gsm8k")  # a file of this name holds open-ended questions
+DOMAINS = ("finance", "science", "coding", "law", "math", "kazakh_culture", "medical")  # rotation
+TASKS = tuple(SYSTEM_OPEN)  # a file with the name of a task holds open-ended questions
+
+# ---------------------------------------------------------------------------------------------
+# Types
 
 
-class QuestionError(ValueError):
-    """Rows that cannot be used, all of them, each with its file, line, field and the expected form."""
+def _name(value: Any) -> Any:
+    """A scalar as a name: 12, 12.0 and "12" are one; null, NaN and white space are none."""
+    if value is None or isinstance(value, list | dict):
+        return value
+    if isinstance(value, float):
+        value = "" if math.isnan(value) else int(value) if value.is_integer() else value
+    return str(value).strip() or None
 
 
-class Question(BaseModel):
-    """A multiple-choice question. `fact` is what it asks about: the unit of splitting and of resampling."""
+def _texts(value: Any) -> list[Any]:
+    """Texts without repeats: of a list, of SQuAD's `{"text": [...]}`, or of one text alone."""
+    if isinstance(value, Mapping):
+        value = value.get("text")
+    texts = value if isinstance(value, list | tuple) else [value]
+    return [text for place, text in enumerate(texts) if text and text not in texts[:place]]
 
-    model_config = ConfigDict(frozen=True, extra="ignore", coerce_numbers_to_str=True)
 
-    id: str = Field(min_length=1, description="a nonempty text, unique")
-    domain: str = Field(min_length=1, description=f"a nonempty text, such as {', '.join(DOMAINS)}")
-    question: str = Field(min_length=1, description="a nonempty text")
-    options: tuple[str, ...] = Field(
-        min_length=2, max_length=26, description="a list of 2 to 26 distinct nonempty texts"
-    )
+Text = Annotated[str, Field(pattern=r"\S", description="a nonempty text")]
+Texts = Annotated[tuple[Text, ...], BeforeValidator(_texts)]
+Name = Annotated[Text, BeforeValidator(_name)]
+Fact = Annotated[str | None, BeforeValidator(_name), Field(description="a text or a number")]
+
+
+def _fact_key(question: Question | OpenQuestion) -> str:
+    """What is sampled independently: the fact; without one the passage; without both the id."""
+    if question.fact is not None:
+        return question.fact
+    return digest(normalised(question.context))[:12] if question.context else question.id
+
+
+class Question(BaseModel, frozen=True, extra="ignore", coerce_numbers_to_str=True):
+    """A multiple-choice question; no two of its options are the same when normalised."""
+
+    id: Name
+    domain: Name
+    question: Text
+    options: tuple[Text, ...] = Field(min_length=2, max_length=26, description="2 to 26 texts")
     answer: str = Field(description="the letter of the right option")
-    fact: str | None = None
+    fact: Fact = None
     difficulty: int | None = None
     lang: str = "en"
     split: str | None = None
-
-    @field_validator("options")
-    @classmethod
-    def _told_apart(cls, options: tuple[str, ...]) -> tuple[str, ...]:
-        if not all(option.strip() for option in options) or len(set(options)) < len(options):
-            raise ValueError("options must be nonempty and distinct")
-        return options
+    context: str = ""
+    fact_key = property(_fact_key)
 
     @model_validator(mode="after")
-    def _answer_is_an_option(self) -> Question:
+    def _checked(self) -> Question:
         letters = LETTERS[: len(self.options)]
+        if len(set(map(normalised, self.options))) < len(letters):
+            raise ValueError("field `options`: two are the same; expected: different texts")
         if len(self.answer) != 1 or self.answer not in letters:
-            raise ValueError(f"answer must be one letter of A-{letters[-1]}, got {self.answer!r}")
+            raise ValueError(f"field `answer`: {self.answer!r}; expected: a letter of {letters}")
+        if self.domain == "mean":
+            raise ValueError("field `domain`: `mean` stands for averages; expected: another name")
         return self
 
-    @property
-    def unit(self) -> str:
-        """What is sampled independently: the fact where it is known, else the question itself."""
-        return self.fact or self.id
 
+class OpenQuestion(BaseModel, frozen=True, extra="ignore", coerce_numbers_to_str=True):
+    """A question with a free answer: all right ones, and (TruthfulQA) known wrong ones."""
 
-class OpenQuestion(BaseModel):
-    """A question with a free answer. `answers` are all right ones; `incorrect` known wrong ones (TruthfulQA)."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    id: str = Field(min_length=1, description="a nonempty text, unique")
+    id: Name
     task: Literal["squad", "truthfulqa", "gsm8k"] = Field(description=" or ".join(TASKS))
-    question: str = Field(min_length=1, description="a nonempty text")
+    question: Text
     context: str = ""
-    answers: tuple[str, ...] = Field(min_length=1, description="a list of at least one text")
-    incorrect: tuple[str, ...] = ()
+    answers: Texts = Field(min_length=1, description="at least one text")
+    incorrect: Texts = ()
     solution: str = ""
-    fact: str | None = None
+    fact: Fact = None
     split: str | None = None
+    fact_key = property(_fact_key)
 
     @model_validator(mode="before")
     @classmethod
-    def _public_names(cls, row: Any) -> Any:
-        """The data sets' own field names are accepted: `correct_answers`, `incorrect_answers`, `answer`."""
-        if not isinstance(row, Mapping):
-            return row
-        row = dict(row)
+    def _public_fields(cls, row: dict[str, Any]) -> dict[str, Any]:
+        """The fields of SQuAD, TruthfulQA and GSM8K are read too."""
+        answer = row.get("answer")
+        known = {"answers": answer, "fact": row.get("title")}
         if "correct_answers" in row:
-            best = [row["best_answer"]] if row.get("best_answer") else []
-            row.setdefault("answers", list(dict.fromkeys([*best, *row["correct_answers"]])))
-        if "answer" in row:
-            row.setdefault("answers", [row["answer"]])
-        return {"incorrect": row.get("incorrect_answers", ()), **row}
+            known["answers"] = [row.get("best_answer"), *_texts(row["correct_answers"])]
+            known["incorrect"] = row.get("incorrect_answers")
+        if "####" in str(answer):
+            solution, _, number = str(answer).rpartition("####")
+            known |= {"solution": solution.strip(), "answers": number.strip()}
+        return known | row
 
 
-Row = TypeVar("Row", Question, OpenQuestion)
-Placed = tuple[str, Any]  # where a row stands, and the row: an error where it cannot be read
+def load_questions(
+    path: Path, columns: Columns | None = None, domain: str | None = None
+) -> list[Question]:
+    """Multiple-choice questions of a JSONL, CSV or Parquet file, or of a folder of such files.
 
-# ---------------------------------------------------------------------------------------------------------------
-# Loading
-
-
-def question_files(path: Path, open_ended: bool = False) -> list[Path]:
-    """The files under `path` that hold the wanted kind of question, by name."""
-    if path.is_file():
-        return [path]
-    found = sorted(file for file in path.glob("*") if file.suffix in (".jsonl", ".csv", ".parquet"))
-    files = [file for file in found if (file.stem in TASKS) == open_ended]
-    if not files:
-        kind = "no .jsonl, .csv or .parquet file with questions of this kind in it"
-        raise QuestionError(f"{path}: no such file, or {kind}")
-    return files
-
-
-def _json(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        return QuestionError(f"not JSON ({error.msg}); expected: one JSON object a line")
-
-
-def _rows(file: Path) -> list[Placed]:
-    """The rows of a file with their places."""
-    if file.suffix == ".parquet":
-        from pyarrow import parquet
-
-        rows = parquet.read_table(file).to_pylist()
-        return [(f"{file.name}, row {number}", row) for number, row in enumerate(rows, 1)]
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        return [(file.name, QuestionError(f"not UTF-8 at byte {error.start}; expected: UTF-8 text"))]
-    if file.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""), restkey="(more)")
-        return [(f"{file.name}, row {number}", row) for number, row in enumerate(reader, 1)]
-    lines = enumerate(text.split("\n"), 1)
-    return [(f"{file.name}, line {number}", _json(line)) for number, line in lines if line.strip()]
-
-
-def _problems(place: str, error: ValidationError, kind: type[BaseModel]) -> list[str]:
-    """One line a field: of several complaints about it the first, since the others follow from it."""
-    told: dict[str, str] = {}
-    for problem in error.errors():
-        whole = "answer" if problem["type"] == "value_error" else "row"
-        name = str(problem["loc"][0]) if problem["loc"] else whole
-        field = kind.model_fields.get(name)
-        form = field.description if field else "a JSON object"
-        message = problem["msg"].removeprefix("Value error, ")
-        told.setdefault(name, f"{place}: field `{name}`: {message}" + (f"; expected: {form}" if form else ""))
-    return list(told.values())
-
-
-def check_rows(placed: Iterable[Placed], kind: type[Row]) -> tuple[list[Row], list[str]]:
-    """The rows that are questions, and what is wrong with the others."""
-    rows: list[Row] = []
-    problems: list[str] = []
-    seen: dict[str, str] = {}
-    for place, values in placed:
-        if isinstance(values, QuestionError):
-            problems.append(f"{place}: {values}")
-            continue
-        try:
-            row = kind.model_validate(values)
-        except ValidationError as error:
-            problems += _problems(place, error, kind)
-            continue
-        if row.id in seen:
-            trouble = f"{row.id!r} stands in {seen[row.id]} already; expected: {kind.model_fields['id'].description}"
-            problems.append(f"{place}: field `id`: {trouble}")
-        else:
-            seen[row.id] = place
-            rows.append(row)
-    return rows, problems
-
-
-def shape_rows(
-    source: str, placed: Sequence[Placed], columns: Columns, domain: str | None, ids: str
-) -> Iterator[Placed]:
-    """Rows of a data set of any usual shape (see `shapes`) in the fields of a Question; `ids` begins missing ids."""
-    try:
-        shaped = canonical([row for _, row in placed if isinstance(row, dict)], columns, domain)
-        for number, (place, row) in enumerate(placed):
-            yield place, {"id": f"{ids}-{number}", **next(shaped)} if isinstance(row, dict) else row
-    except ShapeError as error:
-        raise QuestionError(f"{source}: {error}") from None
-
-
-def load_questions(path: Path, columns: Columns | None = None, domain: str | None = None) -> list[Question]:
-    """Multiple-choice questions of a JSONL, CSV or Parquet file, or of a folder's but the open-ended tasks'.
-
-    A row has question, options and answer in any usual shape, or as `columns` say, and a domain, unless `domain` is
-    that of all. Raises QuestionError with every bad row of every file, or with the columns that cannot be told.
+    A row has question, options and answer in any usual shape, or as `columns` say, and a domain,
+    unless `domain` is that of all. Raises QuestionError with all bad rows, or with the columns
+    that cannot be told.
     """
-    placed: list[Placed] = []
-    for file in question_files(path):
-        placed += shape_rows(file.name, _rows(file), columns or Columns(), domain, file.stem)
-    return _all_or_nothing(placed, Question)
+    table: Table = []
+    for stem, rows in sources.file_tables(path).items():
+        table += sources.shaped(stem, rows, columns or Columns(), domain)
+    return _all(table, Question)
 
 
 def load_open_questions(path: Path) -> list[OpenQuestion]:
-    """Open-ended questions of a JSONL file, or of a folder's squad.jsonl, truthfulqa.jsonl and gsm8k.jsonl.
+    """Open-ended questions of a file, or of a folder's squad, truthfulqa and gsm8k files.
 
-    A row's task is its field `task`, or else its file's name. Raises QuestionError with every bad row.
+    A row's task is its field `task`, or else its file's name. Raises QuestionError with all bad
+    rows.
     """
-    placed = [
-        (place, {"task": file.stem, **row} if isinstance(row, dict) else row)
-        for file in question_files(path, open_ended=True)
-        for place, row in _rows(file)
-    ]
-    return _all_or_nothing(placed, OpenQuestion)
+    table: Table = []
+    for stem, rows in sources.file_tables(path, open_ended=True).items():
+        for number, (place, row) in enumerate(rows):
+            given = {field: value for field, value in row.items() if value is not None}
+            table.append((place, {"task": stem, "id": f"{stem}-{number}"} | given))
+    return _all(table, OpenQuestion)
 
 
-def _all_or_nothing(placed: Iterable[Placed], kind: type[Row]) -> list[Row]:
-    rows, problems = check_rows(placed, kind)
-    if problems or not rows:
-        raise QuestionError(f"{len(problems)} problem(s), nothing was loaded:\n" + "\n".join(problems or ["no rows"]))
-    return rows
+def _all(table: Table, kind: type[Kind]) -> list[Kind]:
+    questions, problems = sources.check_rows(table, kind)
+    sources.refuse(problems if questions or problems else ["no rows"])
+    return questions
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Choosing questions
+# ---------------------------------------------------------------------------------------------
+# Drawing
+
+Questions = Sequence[Question]
+Parts = dict[str, list[Question]]  # by split: train, dev, test
 
 
 def by_domain(questions: Iterable[Question]) -> dict[str, list[Question]]:
@@ -231,91 +171,173 @@ def by_domain(questions: Iterable[Question]) -> dict[str, list[Question]]:
     return groups
 
 
-def draw(questions: Sequence[Question], n: int, seed: int | str, used: Iterable[str] = ()) -> list[Question]:
+def draw(pool: Questions, n: int, seed: int | str, used: Iterable[str] = ()) -> list[Question]:
     """`n` questions at random; those whose id is in `used` only once the others are spent.
 
-    Fewer than `n` come back where the pool itself is smaller.
+    Fewer than `n` come back where the pool is smaller.
     """
-    taken = set(used)
-    order = random.Random(seed).sample(list(questions), len(questions))
-    return sorted(order, key=lambda question: question.id in taken)[:n]
+    spent = set(used)
+    order = random.Random(seed).sample(list(pool), len(pool))
+    return sorted(order, key=lambda question: question.id in spent)[:n]
 
 
-def draw_balanced(questions: Sequence[Question], n: int, domains: Sequence[str], seed: int) -> list[Question]:
-    """`n` questions in equal parts from the `domains` (the first ones give one more where it does not divide).
+def draw_balanced(pool: Questions, n: int, domains: Sequence[str], seed: int) -> list[Question]:
+    """`n` questions in equal parts from the `domains` (the first give one more if need be).
 
-    Each domain has a draw of its own: with one seed for all, the same places of every domain would be drawn, and with
-    them the same gold letters.
+    The seed of a domain's draw holds its name: with one seed for all, the same places of every
+    domain would be drawn, and with them the same gold letters.
     """
-    groups, each, more = by_domain(questions), n // len(domains), n % len(domains)
-    return [
-        question
-        for place, domain in enumerate(domains)
-        for question in draw(groups.get(domain, []), each + (place < more), f"{seed}/{domain}")
-    ]
+    groups = by_domain(pool)
+    share, more = divmod(n, len(domains))
+    drawn = []
+    for place, domain in enumerate(domains):
+        drawn += draw(groups.get(domain, []), share + (place < more), f"{seed}/{domain}")
+    return drawn
 
 
-def subset(questions: Sequence[Question], n: int | None, seed: int) -> list[Question]:
+def subset(pool: Questions, n: int | None, seed: int) -> list[Question]:
     """`n` questions in equal parts from their domains; all of them where `n` is None."""
-    return list(questions) if n is None else draw_balanced(questions, n, list(by_domain(questions)), seed)
+    return list(pool) if n is None else draw_balanced(pool, n, list(by_domain(pool)), seed)
 
 
-def split_by_fact(questions: Sequence[Question], shares: Mapping[str, float], seed: int) -> dict[str, list[Question]]:
-    """Parts of the given shares (they sum to 1), stratified by domain, with no fact in two parts."""
-    parts: dict[str, list[Question]] = {name: [] for name in shares}
-    for domain, group in sorted(by_domain(questions).items()):
-        units = sorted({question.unit for question in group})
-        random.Random(f"{seed}/{domain}").shuffle(units)
-        ends = [round(total * len(units)) for total in accumulate(shares.values())]
+def split_by_fact(pool: Questions, shares: Mapping[str, float], seed: int) -> Parts:
+    """Parts of the given shares (they sum to 1), by domain, with no fact in two parts."""
+    parts: Parts = {name: [] for name in shares}
+    for domain, group in sorted(by_domain(pool).items()):
+        facts = sorted({question.fact_key for question in group})
+        random.Random(f"{seed}/{domain}").shuffle(facts)
+        ends = [round(total * len(facts)) for total in accumulate(shares.values())]
         part_of: dict[str, str] = {}
         for name, start, end in zip(shares, [0, *ends], ends, strict=False):
-            part_of |= dict.fromkeys(units[start:end], name)
+            part_of |= dict.fromkeys(facts[start:end], name)
         for question in group:
-            parts[part_of[question.unit]].append(question)
+            parts[part_of[question.fact_key]].append(question)
     return parts
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Looking at questions
+# ---------------------------------------------------------------------------------------------
+# The splits of a run. Their seeds are fixed, so that runs with other seeds share them.
+
+SHARES = {"train": 0.6, "dev": 0.1, "test": 0.3}  # of a data set without a test split
+DEV_NAMES = ("dev", "validation", "valid", "val")
+ROLES = {"train": "train", "test": "test"} | dict.fromkeys(DEV_NAMES, "dev")
+UNUSABLE = 0.1  # the share of a hub set's rows that may be unusable, and are left out
 
 
-def describe(questions: Sequence[Question]) -> list[dict[str, Any]]:
-    """One row a domain: n, facts, chance level, share of each gold letter (the constant-letter answerers' accuracy)."""
-    rows = []
-    for domain, group in by_domain(questions).items():
-        facts = len({question.unit for question in group})
-        chance = sum(1 / len(question.options) for question in group) / len(group)
-        gold = Counter(sorted(question.answer for question in group))
-        shares = {f"gold {letter}": n / len(group) for letter, n in gold.items()}
-        rows.append({"domain": domain, "n": len(group), "facts": facts, "chance": chance, **shares})
-    return rows
+def splits(settings: Settings) -> Parts:
+    """The multiple-choice questions by split: `train` (rounds), `dev` (curves, tau), `test`.
 
-
-class Twin(NamedTuple):
-    """A pair of questions that look alike: ids, and the Jaccard similarity of their word sets (0 to 1)."""
-
-    first: str
-    second: str
-    similarity: float
-
-
-def near_duplicates(first: Sequence[Question], second: Sequence[Question], threshold: float = 0.9) -> list[Twin]:
-    """Pairs across two sets whose words (question and options) overlap by at least `threshold`, most alike first.
-
-    1.0 are the same words in any order, which takes in exact duplicates with shuffled options.
+    `data.questions` replaces the test split. No fact and no question is in two splits: what is
+    in test stands in neither of the others, what is in dev not in train.
     """
-    from sklearn.feature_extraction.text import CountVectorizer
+    data = settings.data
+    if data.sources:
+        parts = _from_sources(data.sources)
+    else:
+        parts = {split: load_questions(ROOT / data.bank / f"{split}.jsonl") for split in SHARES}
+    if data.questions:
+        parts["test"] = load_questions(ROOT / data.questions)
+    return _held_out(parts)
 
-    if not first or not second:
-        return []
-    texts = [" ".join([one.question, *one.options]) for one in (*first, *second)]
-    words = CountVectorizer(binary=True, token_pattern=r"\w+", preprocessor=str.casefold).fit_transform(texts)
-    sizes = words.sum(axis=1).A1
-    shared = (words[: len(first)] @ words[len(first) :].T).tocoo()
-    similarities = shared.data / (sizes[shared.row] + sizes[len(first) + shared.col] - shared.data)
-    twins = [
-        Twin(first[i].id, second[j].id, float(similarity))
-        for i, j, similarity in zip(shared.row, shared.col, similarities, strict=True)
-        if similarity >= threshold
-    ]
-    return sorted(twins, key=lambda twin: -twin.similarity)
+
+def _held_out(parts: Parts) -> Parts:
+    """The parts without what a part that is held out from them has too."""
+    seen: set[str] = set()
+    for split in ("test", "dev", "train"):
+        marks = [{question.fact_key, _text(question)} for question in parts[split]]
+        apart = [q for q, mark in zip(parts[split], marks, strict=True) if not mark & seen]
+        if left := len(marks) - len(apart):
+            progress(f"  {left} questions left out of {split}: held-out splits have them too")
+        parts[split] = apart
+        seen = seen.union(*marks)
+    return parts
+
+
+def _text(question: Question) -> str:
+    """What makes two questions the same: their texts, with the options in any order."""
+    options = sorted(map(normalised, question.options))
+    return digest([normalised(question.context), normalised(question.question), options])
+
+
+def _from_sources(given: Sequence[Source]) -> Parts:
+    parts: Parts = {split: [] for split in SHARES}
+    for source in given:
+        for split, group in _roles(source.use, load_source(source)).items():
+            parts[split] += group
+    counts = Counter(question.id for group in parts.values() for question in group)
+    twice = [name for name, count in counts.items() if count > 1]
+    sources.refuse([f"data.sources: {name!r} is the id of two questions" for name in twice])
+    return parts
+
+
+def _roles(use: str | None, groups: Parts) -> Parts:
+    """The questions of one source as train, dev and test."""
+    together = [question for group in groups.values() for question in group]
+    if use in SHARES:
+        return {use: together}
+    parts: Parts = {}
+    for name, group in groups.items():
+        if name in ROLES:
+            parts[ROLES[name]] = parts.get(ROLES[name], []) + group
+    if use == "divide" or "test" not in parts:
+        return split_by_fact(together, SHARES, seed=0)
+    if "train" in parts and "dev" not in parts:
+        parts |= split_by_fact(parts["train"], {"train": 0.9, "dev": 0.1}, seed=0)
+    return parts
+
+
+def load_source(source: Source) -> Parts:
+    """The questions of one source, by the names of its splits (a local one: of its files).
+
+    Raises QuestionError for columns that cannot be told and for unusable rows: of a file any, of
+    a hub set more than a tenth (fewer are left out, and counted on stderr); HubError where the
+    hub does not give the set.
+    """
+    local = is_local(source.path)
+    tables = sources.file_tables(ROOT / source.path) if local else sources.hub_tables(source)
+    groups: Parts = {}
+    for name, table in tables.items():
+        if source.rows and source.rows < len(table):
+            table = random.Random(0).sample(table, source.rows)
+        rows = sources.shaped(name, table, source.columns, source.domain)
+        groups[name], problems = sources.check_rows(rows, Question)
+        if local or len(problems) > UNUSABLE * len(table):
+            sources.refuse(problems)
+        if problems:
+            progress(f"  {len(problems)} rows of {source.path} are left out: {problems[0]} ...")
+    return groups
+
+
+# ---------------------------------------------------------------------------------------------
+# Open-ended splits
+
+# TruthfulQA has one split: its questions beyond the evaluated ones are the training pool.
+OPEN_TRAIN = {"squad": "train", "truthfulqa": "validation", "gsm8k": "train"}
+OPEN_TEST = {"squad": "validation", "truthfulqa": "validation", "gsm8k": "test"}
+
+
+def r15_asked(settings: Settings) -> dict[str, int]:
+    """How many questions R15 asks per task: as many as it takes rows, but three times the word
+    problems, since those without a right trace are dropped.
+    """
+    rows = settings.open_ended.r15
+    return {"squad": rows.squad, "truthfulqa": rows.truthfulqa, "gsm8k": 3 * rows.gsm8k}
+
+
+def open_splits(settings: Settings) -> dict[str, list[OpenQuestion]]:
+    """The open-ended questions by split: `train` (R15), `test`; `data.open_ended` replaces test."""
+    test = settings.data.open_ended
+    if test != "hub":
+        bank = ROOT / settings.data.bank / "open_ended"
+        files = {
+            "train": bank / "train.jsonl",
+            "test": ROOT / test if test else bank / "test.jsonl",
+        }
+        return {split: load_open_questions(file) for split, file in files.items()}
+    evaluated = settings.open_ended.eval_questions
+    chosen: dict[str, Table] = {"train": [], "test": []}
+    for task, asked in r15_asked(settings).items():
+        skip = evaluated if OPEN_TRAIN[task] == OPEN_TEST[task] else 0
+        chosen["test"] += sources.open_table(task, OPEN_TEST[task])[:evaluated]
+        chosen["train"] += sources.open_table(task, OPEN_TRAIN[task])[skip : skip + asked]
+    return {split: _all(table, OpenQuestion) for split, table in chosen.items()}

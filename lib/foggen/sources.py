@@ -1,180 +1,303 @@
-"""What comes from elsewhere: tables of the reader's own, models and data sets of the hub.
+"""Tables of questions, from files and the hub, in the usual shapes of public data sets.
 
-Tables are read strictly. What a lenient reader would guess is an error here: a row that does not
-fit its header, a name that stands twice, a text in another encoding. Knows nothing of what the
-rows mean.
+A table is a list of rows with their places; `shaped` gives its rows the fields of a Question:
+
+    ("mine.csv, row 3", {"Question": "Why?", "A": "so", "B": "not so", "Answer Key": "B"})
+    ("mine.csv, row 3", {"question": "Why?", "options": ["so", "not so"], "answer": "B"})
+
+Must not know what makes a question valid, nor what questions are for.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import random
+import re
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import httpx2
-from huggingface_hub import errors, resolve_revision, snapshot_download
+from pydantic import BaseModel, ValidationError
 
-from foggen.config import Settings, SettingsError, parameters
-from foggen.store import ROOT
+from foggen.config import Columns, Source, explained
+from foggen.prompts import LETTERS, SYSTEM_OPEN, parse_response
+from foggen.store import TableError, read_rows
 
+Kind = TypeVar("Kind", bound=BaseModel)
 Row = dict[str, Any]
+Table = list[tuple[str, Row]]
+
+# The names of columns in lower case, the more telling first
+USUAL = {
+    "question": ("question", "query", "problem", "prompt"),
+    "context": ("context", "passage", "article", "premise"),
+    "options": ("options", "choices"),
+    "answer": ("answerkey", "answer_key", "answer key", "answer_label", "answer_idx", "cop",
+               "correct_option", "answer", "correct_answer", "correct", "label", "target"),
+    "domain": ("domain", "category", "subject", "topic"),
+    "fact": ("fact",),
+    "id": ("id", "question_id"),
+    "messages": ("messages",),
+}  # fmt: skip
+OPTION_COLUMN = re.compile(r"(?i)(?:op|option|choice)?[ _]?(?:[a-j]|[0-9])")  # A, opa, option_1
+KEPT = {"difficulty": int, "lang": str, "split": str}
+HINTS = {"options": "<column, or [a, b, c, d]>", "answer_is": "<letter, text, index0 or index1>"}
 
 
-class TableError(ValueError):
-    """A table that cannot be read; the message has a line per bad place."""
+class QuestionError(ValueError):
+    """Rows that cannot be used, all of them, each with its place, field and the expected form."""
 
 
-class HubError(SettingsError):
-    """A model or data set that the hub does not give; the message says why."""
+def normalised(text: str) -> str:
+    """A text as it is compared with others: without differences of case, NFC and white space."""
+    words = re.split(r"[\s\u200b\u2060\ufeff]+", unicodedata.normalize("NFC", text.casefold()))
+    return " ".join(filter(None, words))
 
 
-# ---- Tables
+# ---------------------------------------------------------------------------------------------
+# Files and the hub
+
+FILES = ["*.md", "*.json", "*.jsonl", "*.csv", "*.tsv", "*.parquet", "*.txt", "*.gz", "*.zip"]
 
 
-def read_rows(path: str | Path) -> list[tuple[str, Row]]:
-    """The rows of a .jsonl, .csv or .parquet file, each with its place.
+def file_tables(path: Path, open_ended: bool = False) -> dict[str, Table]:
+    """The tables of a file, or of the files of a folder, by their stems.
 
-        ("mine.csv, row 3", {"id": "q3", "domain": "law", "fact": None, "answer": "B"})
-
-    A missing value is None: JSON's null, an empty field of a CSV. All other CSV values are texts.
-    Raises TableError with every place that cannot be read (the first 20 of many).
+    The files of a folder are those of the open-ended tasks, or else all others. Raises
+    QuestionError with every row that cannot be read.
     """
-    path = Path(path)
-    readers = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-    if path.suffix not in readers:
-        raise TableError(f"{path}: expected: a .jsonl, .csv or .parquet file")
-    rows, problems = [], []
+    endings = (".jsonl", ".csv", ".parquet")
+    found = [file for file in sorted(path.glob("*.*")) if file.suffix in endings]
+    files = [file for file in found if (file.stem in SYSTEM_OPEN) == open_ended]
+    tables: dict[str, Table] = {}
+    problems = []
+    for file in [path] if path.is_file() else files:
+        try:
+            tables[file.stem] = tables.get(file.stem, []) + read_rows(file)
+        except TableError as error:
+            problems += str(error).splitlines()
+    if not tables and not problems:
+        problems = [f"{path}: no such file, or no {', '.join(endings)} of this kind in it"]
+    refuse(problems)
+    return tables
+
+
+def hub_tables(source: Source) -> dict[str, Table]:
+    """The tables of a hub set, by its splits; the id of a row is its place.
+
+    A set with several configurations of which none is named is read whole: the domain of a row
+    is then the name of its configuration, unless it has a column `domain`. Raises HubError where
+    the hub does not give the set, QuestionError where it cannot be read.
+    """
+    from datasets import exceptions, get_dataset_config_names, load_dataset
+    from huggingface_hub import snapshot_download
+
+    # `datasets` alone takes any cached revision where the hub cannot be reached.
+    with explained(source.path, "dataset", source.revision):
+        folder = snapshot_download(
+            source.path, repo_type="dataset", revision=source.revision, allow_patterns=FILES
+        )
+    tables: dict[str, Table] = {}
     try:
-        for place, row in readers[path.suffix](path):
-            if isinstance(row, dict):
-                rows.append((f"{path.name}, {place}", row))
-            else:
-                problems.append(f"{path.name}, {place}: {row}")
-    except (OSError, ValueError, csv.Error) as error:
-        problems.append(f"{path.name}: {error}; expected: a whole {path.suffix} file in UTF-8")
+        known = get_dataset_config_names(folder)
+        several = not source.name and len(known) > 1 and "default" not in known
+        for config in known if several else [source.name]:
+            loaded = load_dataset(folder, config, split=source.split)
+            for split, rows in ({source.split: loaded} if source.split else loaded).items():
+                place = "/".join(filter(None, (source.path.split("/")[-1], config, split)))
+                domain = {"domain": config} if several else {}
+                tables.setdefault(str(split), []).extend(
+                    (f"{place}, row {number}", domain | row | {"id": f"{place}-{number}"})
+                    for number, row in enumerate(rows.to_list())
+                )
+    except (ValueError, exceptions.DatasetsError) as error:
+        raise QuestionError(f"data set {source.path}: {error}") from error
+    return tables
+
+
+OPEN_SETS = {  # revisions are pinned, so that later edits of a set cannot change a result
+    "squad": Source(path="rajpurkar/squad", revision="7b6d24c440a36b6815f21b70d25016731768db1f"),
+    "truthfulqa": Source(path="truthfulqa/truthful_qa", name="generation",
+                         revision="741b8276f2d1982aa3d5b832d3ee81ed3b896490"),
+    "gsm8k": Source(path="openai/gsm8k", name="main",
+                    revision="740312add88f781978c0658806c59bc2815b9866"),
+}  # fmt: skip
+
+
+def open_table(task: str, split: str) -> Table:
+    """A split of the public set of an open-ended task, in one random order for all runs."""
+    table = hub_tables(OPEN_SETS[task].model_copy(update={"split": split}))[split]
+    order = random.Random(0).sample(table, len(table))
+    return [(place, row | {"task": task}) for place, row in order]
+
+
+# ---------------------------------------------------------------------------------------------
+# Checks
+
+
+def _problem(problem: Mapping[str, Any], kind: type[BaseModel]) -> str:
+    """Such as: field `question`: Field required; expected: a nonempty text."""
+    if not problem["loc"]:
+        return str(problem["msg"]).removeprefix("Value error, ")
+    name = str(problem["loc"][0])
+    return f"field `{name}`: {problem['msg']}; expected: {kind.model_fields[name].description}"
+
+
+def check_rows(table: Table, kind: type[Kind]) -> tuple[list[Kind], list[str]]:
+    """The rows that are of a kind (a model with an `id`), and what is wrong with the others."""
+    questions: dict[str, Kind] = {}
+    problems: list[str] = []
+    for place, row in table:
+        try:
+            question: Any = kind.model_validate(row)
+        except ValidationError as error:
+            told = dict.fromkeys(_problem(problem, kind) for problem in error.errors())
+            problems += [f"{place}: {text}" for text in told]
+            continue
+        if question.id in questions:
+            problems.append(f"{place}: field `id`: {question.id!r} again; expected: a unique text")
+        questions.setdefault(question.id, question)
+    return list(questions.values()), problems
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raises QuestionError with all problems, if there are any."""
     if problems:
-        raise TableError("\n".join([*problems[:20], f"({len(problems)} in all)"]))
-    return rows
+        text = "\n".join(problems)
+        raise QuestionError(f"{len(problems)} problem(s), nothing was loaded:\n{text}")
 
 
-def _text(path: Path) -> str:
-    text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
-    if "\0" in text:
-        raise ValueError("it holds zero bytes, as binary and UTF-16 files do")
-    return text
+# ---------------------------------------------------------------------------------------------
+# Shapes
 
 
-def _unique(pairs: Sequence[tuple[str, Any]]) -> Row:
-    """A mapping of its pairs; dict() alone would silently keep the last of two equal names."""
-    counts = Counter(name for name, _ in pairs)
-    if twice := [name for name, count in counts.items() if count > 1]:
-        raise ValueError(f"the name {twice[0]!r} stands there twice")
-    return dict(pairs)
+def _columns(table: Table, given: Columns) -> Columns:
+    """The given columns, and the others by their usual names; `options` may be [], for none."""
+    known = {column.casefold(): column for _, row in table for column in row}
+    usual: dict[str, Any] = {
+        field: next((known[name] for name in names if name in known), None)
+        for field, names in USUAL.items()
+    }
+    usual["options"] = usual["options"] or sorted(filter(OPTION_COLUMN.fullmatch, known.values()))
+    return Columns.model_validate(usual | given.model_dump(exclude_none=True))
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
-    for number, line in enumerate(_text(path).split("\n"), 1):  # splitlines would split at U+2028
-        if line.strip():
-            try:
-                row = json.loads(line, object_pairs_hook=_unique)
-                json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
-            except (ValueError, RecursionError) as error:
-                row = str(error)
-            problem = f"{row!s:.200}; expected: one JSON object per line"
-            yield f"line {number}", row if isinstance(row, dict) else problem
+def _untold(table: Table, trouble: str) -> QuestionError:
+    """What is wrong, the first row, and the lines to write into the profile."""
+    place, row = table[0]
+    shown = ", ".join(f"{column}: {value!r:.60}" for column, value in row.items())
+    advice = "write the needed ones of these lines into its entry of data.sources"
+    lines = [f"      {field}: {HINTS.get(field, '<column>')}" for field in Columns.model_fields]
+    head = [f"{place}: {trouble}", f"  the row is {shown}", f"  {advice}:", "    columns:"]
+    return QuestionError("\n".join([*head, *lines]))
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
-    csv.field_size_limit(2**31 - 1)  # 131,072 characters by default
-    lines = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
-    header = [name.strip() for name in next(lines, [])]
-    _unique([(name, None) for name in header])
-    if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
-        raise ValueError("its fields are separated by semicolons or tabs; expected: by commas")
-    for number, cells in enumerate(filter(None, lines), 1):
-        row = {name: cell or None for name, cell in zip(header, cells, strict=False)}
-        problem = f"{len(cells)} fields; expected: {len(header)}, as in the header"
-        yield f"row {number}", row if len(cells) == len(header) else problem
+def _from_chat(turns: Any) -> Row:
+    r"""Question, options and answer of a chat such as
 
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
-    from pyarrow import parquet
-
-    table = parquet.read_table(path)
-    names = table.column_names
-    if "id" not in names:  # a data frame's index that has no name
-        names = ["id" if name == "__index_level_0__" else name for name in names]
-    _unique([(name, None) for name in names])
-    for number, row in enumerate(table.rename_columns(names).to_pylist(), 1):
-        yield f"row {number}", row
-
-
-# ---- The hub
-
-MODEL_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]  # no pickles, no code
-REVISIONS = dict(
-    model="revision", labels_from="revision", path="revision", r15_model="r15_revision"
-)
-HUB_ERRORS = (OSError, httpx2.HTTPError, errors.RevisionResolutionError, errors.HFValidationError)
-HELP = "(gated or private: `hf auth login`; disk full: HF_HOME; else name a folder or file instead)"
-
-
-def is_local(name: str) -> bool:
-    """Whether a name is a file or folder of this checkout or machine."""
-    return (ROOT / name).exists()
-
-
-@contextmanager
-def explained(name: str, kind: str, revision: str | None = None) -> Iterator[None]:
-    """Turns what the hub's libraries raise inside the block into a HubError with their reason."""
-    try:
-        yield
-    except HUB_ERRORS as error:
-        reason = " ".join(f"{error} {error.__cause__ or ''}".split())
-        raise HubError(f"{kind} {name}, revision {revision or 'main'}: {reason} {HELP}") from error
-
-
-def model_folder(model: str, revision: str | None = None) -> Path:
-    """The folder of a model: of the checkout, else of the hub, downloaded where it is not here yet.
-
-    Raises HubError where the hub does not give it.
+    user: `Why?\nA. so\nB. not so`, assistant: `Confidence: 0.5\nFinal answer: B`
     """
-    if (ROOT / model).is_dir():
-        return ROOT / model
-    with explained(model, "model", revision):
-        return Path(snapshot_download(model, revision=revision, allow_patterns=MODEL_FILES))
+    chat = {
+        turn.get("role"): str(turn.get("content")) for turn in turns if isinstance(turn, Mapping)
+    }
+    user, assistant = chat.get("user", ""), chat.get("assistant", "")
+    parts = re.fullmatch(r"(?sm)(.*)^[ \t]*\(?A[.):][ \t]+(.*)", user)  # from the last A on
+    question, options = parts.groups() if parts else (user, "")
+    texts = re.split(r"\n[ \t]*\(?[B-Z][.):][ \t]+", options.strip())
+    answer = parse_response(assistant).answer or assistant
+    return {"question": question.strip(), "options": texts, "answer": answer}
 
 
-def hub_entries(values: Any) -> Iterator[tuple[dict[str, Any], str, str]]:
-    """What a profile's values take from the hub: (group of settings, its id, its revision) by name.
+def _unmarked(options: list[Any]) -> list[Any]:
+    """Options without the `A)` or `(A)` before each; the A. of `A. Smith` is no mark."""
+    pairs = zip(LETTERS.ljust(len(options)), map(str, options), strict=False)
+    marks = [re.match(rf"\(?{letter}\)\s*(?=\S)", text) for letter, text in pairs]
+    return [mark.string[mark.end() :] for mark in marks if mark] if all(marks) else options
 
-    ({"model": "Qwen/Qwen3-0.6B", "revision": None, ...}, "model", "revision")
+
+def _options(value: Any) -> tuple[Any, list[str]]:
+    """Options of any usual form as a list, and the row's labels of them, where it has any."""
+    if isinstance(value, list):
+        return _unmarked(value), []
+    if not isinstance(value, Mapping):
+        return value, []
+    labels, texts = list(value), list(value.values())
+    if isinstance(value.get("text"), list):
+        labels, texts = value.get("label") or [], list(value["text"])
+    while texts and texts[-1] in (None, ""):  # fewer options than other rows have
+        texts.pop()
+    return texts, list(map(str, labels))
+
+
+def _fields(row: Row, columns: Columns) -> Row:
+    """A row by the names of a Question's fields; `labels` are the row's names of its options."""
+    fields = {name: row[name] for name, kind in KEPT.items() if isinstance(row.get(name), kind)}
+    fields |= {field: row.get(column) for field, column in columns if isinstance(column, str)}
+    options = fields.get("options")
+    if isinstance(columns.options, list):
+        options = {column: row.get(column) for column in columns.options}
+    fields["options"], fields["labels"] = _options(options)
+    return fields
+
+
+def _places(row: Row) -> dict[str, int]:
+    """The place of the right option (0 is the first), by every way to read the answer."""
+    text = "" if row["answer"] is None else str(row["answer"]).strip()
+    options = row["options"] if isinstance(row["options"], list) else []
+    texts = [normalised(str(option)) for option in options]
+    is_number = re.fullmatch(r"[0-9]{1,2}(\.0)?", text) and text not in row["labels"]
+    number = int(float(text)) if is_number else -1
+    places = {"index0": number, "index1": number - 1}
+    if text in row["labels"]:
+        places["letter"] = row["labels"].index(text)
+    elif letter := re.match(r"\(?([A-Za-z])(?:[.):]|\Z)", text):
+        places["letter"] = LETTERS.index(letter[1].upper())
+    if normalised(text) in texts:
+        places["text"] = texts.index(normalised(text))
+    return {how: place for how, place in places.items() if 0 <= place < len(texts)}
+
+
+def _reading(readings: Sequence[Mapping[str, int]]) -> str | None:
+    """The way that reads most answers; None where two do and disagree, or none reads half."""
+    counts = Counter(how for places in readings for how in places)
+    most = max(counts.values(), default=0)
+    best = [how for how, count in counts.items() if count == most]
+    agree = all(len({places.get(how) for how in best}) < 2 for places in readings)
+    return best[0] if best and agree and 2 * most >= len(readings) else None
+
+
+def shaped(name: str, table: Table, given: Columns, domain: str | None = None) -> Table:
+    """A table of any usual shape with the fields of a Question; validation tells what a row lacks.
+
+    `name` begins the ids of rows without one; `domain` stands for all rows. The answer becomes a
+    letter; a position counts from 1 only where the rows prove it. Raises QuestionError, with the
+    lines to write into the profile, where columns or answers cannot be told.
     """
-    for value in values.values() if isinstance(values, dict) else values:
-        if isinstance(value, dict | list):
-            yield from hub_entries(value)
-    if isinstance(values, dict) and values.get("engine") != "openai":
-        for name, revision in REVISIONS.items():
-            if values.get(name) and revision in values and not is_local(values[name]):
-                yield values, name, revision
-
-
-def pin(settings: Settings, before: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Overrides that fix revisions left open: as `before` (the run's earlier settings), else now.
-
-    Raises HubError where the hub cannot be asked and this machine's cache knows no revision.
-    """
-    values = settings.model_dump()
-    known = {group[name]: group[revision] for group, name, revision in hub_entries(before or {})}
-    for group, name, revision in hub_entries(values):
-        if not group[revision]:
-            hub_id, kind = group[name], "dataset" if name == "path" else "model"
-            with explained(hub_id, kind):
-                group[revision] = known.get(hub_id) or str(resolve_revision(hub_id, repo_type=kind))
-    before_pins = parameters(settings.model_dump())
-    return {name: value for name, value in parameters(values).items() if value != before_pins[name]}
+    columns = _columns(table, given)
+    if columns.messages and not columns.question:
+        table = [(place, row | _from_chat(row[columns.messages] or [])) for place, row in table]
+        columns = _columns(table, given)
+    needed = {"question": columns.question, "options": columns.options, "answer": columns.answer}
+    if missing := [field for field, column in needed.items() if table and not column]:
+        raise _untold(table, f"cannot tell which column holds: {', '.join(missing)}")
+    rows = [_fields(row, columns) for _, row in table]
+    words = [str(row["question"]) for row in rows if row.get("context")]
+    if not given.question and any(re.fullmatch("[A-Za-z]+", word) for word in words):
+        raise _untold(table, "a question of one word cannot stand alone")
+    readings = [_places(row) for row in rows]
+    how = columns.answer_is or _reading(readings)
+    if rows and not how:
+        raise _untold(table, f"cannot tell how to read the answers in {columns.answer}")
+    for number, (row, places) in enumerate(zip(rows, readings, strict=True)):
+        named = domain or row.get("domain")
+        if isinstance(named, str):
+            row["domain"] = re.sub("[ _-]+", "_", normalised(named))
+        if row.get("id") in (None, ""):
+            row["id"] = f"{name}-{number}"
+        if how in places:
+            row["answer"] = LETTERS[places[how] : places[how] + 1]
+        elif row["answer"] is not None:
+            row["answer"] = f"{row['answer']} (read as {how})"
+    present = [{field: value for field, value in row.items() if value is not None} for row in rows]
+    return [(place, row) for (place, _), row in zip(table, present, strict=True)]
