@@ -16,20 +16,23 @@ import numpy as np
 import pandas as pd
 
 from foggen import engines, labels, open_ended, prompts, stats, training
-from foggen.config import Settings, SettingsError, derive_seed, model_folder
+from foggen.config import Settings, SettingsError, derive_seed
 from foggen.engines import EngineError, EngineSlot, make_engine
 from foggen.evaluation import DRAWN, MODEL, answers, asked, cloud_answers
+from foggen.inputs import model_folder
 from foggen.labels import GOLD, Letters, Questions, Sample, SftRow
 from foggen.questions import OpenQuestion, Question, by_domain, draw, draw_balanced, subset
 from foggen.store import ROOT, Run, digest, progress, read_jsonl, read_record, write_jsonl
+from foggen.training import Record
 
 Plan = list[tuple[str | None, list[Question]]]  # domain (R0: None) and new questions of every round
-Record = dict[str, Any]
+Log = Callable[[str], None]
+SHOWN = ("local_accuracy", "mean_confidence", "kept", "parsed", "ece_bucket", "auroc")
 
 
 @dataclass(frozen=True)
 class Round:
-    """What one round left behind. Round 0 is the model before the chain; its rows are the buffer."""
+    """What one round left behind. R0 is the model before the chain; its rows are the buffer."""
 
     number: int
     domain: str | None
@@ -42,19 +45,16 @@ class Round:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Dev metrics: n, accuracy, confidence (mean), kept (share at tau), parsed, ece, auroc."""
-        stated, right = self.evaluation["confidence"], self.evaluation["local_correct"]
-        values = stats.calibration(self.evaluation, np.ones((1, len(right))))[0]
-        measured = dict(zip(stats.CALIBRATION, values, strict=True))
-        metrics = {"n": len(right), "accuracy": right.mean(), "confidence": stated.mean()}
-        metrics |= {"kept": (stated >= self.tau).mean(), "parsed": measured["parsed"]}
-        metrics |= {"ece": measured["ece_bucket"], "auroc": measured["auroc"]}
-        return {name: float(value) for name, value in metrics.items()}
+        """`stats.calibration` on the dev questions; n of these, and `kept`, their share at tau."""
+        n, stated = len(self.evaluation), self.evaluation["confidence"]
+        measured = stats.calibration(self.evaluation, np.ones((1, n)))
+        metrics = {name: float(values[0]) for name, values in measured.items()}
+        return {"n": n, "kept": float((stated >= self.tau).mean()), **metrics}
 
     def line(self) -> str:
         """The round in one line."""
         counts = "/".join(map(str, labels.label_histogram(self.rows).values()))
-        values = "  ".join(f"{name} {value:.3g}" for name, value in self.metrics.items())
+        values = "  ".join(f"{name} {self.metrics[name]:.3f}" for name in SHOWN)
         return f"R{self.number:<2} {self.domain or 'base':<15} labels {counts}  {values}"
 
     def record(self) -> Record:
@@ -70,13 +70,9 @@ class Round:
 
 
 def run_chain(
-    run: Run,
-    train: Questions,
-    dev: Questions,
-    edge: EngineSlot | None = None,
-    show: Callable[[str], None] = progress,
+    run: Run, train: Questions, dev: Questions, edge: EngineSlot | None = None, show: Log = progress
 ) -> list[Round]:
-    """R0 and all rounds, made or found in the run; `show` gets a line of every round as it ends.
+    """R0 and all rounds, made or found in the run; `show` gets a line of every round.
 
     `train` feeds the buffer and the rounds; `dev` is what every checkpoint is evaluated on.
     """
@@ -102,22 +98,27 @@ def next_round(
     """
     s, number = run.settings, len(rounds)
     name, (domain, questions) = f"r{number:02d}", plan[number]
-    # The checkpoint before this round labels its questions (control `frozen`: R0 does)
     model = rounds[-1].model if rounds else model_folder(s.edge.model, s.edge.revision)
     labeller = model if rounds else buffer_model(s)
     if rounds and s.label_control == "frozen":
         labeller = rounds[0].model
     overall = [row["confidence"] for row in rounds[0].rows] if rounds else []
-    new = label_questions(run, edge, name, labeller, questions, overall, cloud)
-    # Beside them rows of the buffer are replayed, as a rule with their labels
+
+    def labelled(name: str, questions: Questions) -> list[SftRow]:
+        rows = label_questions(run, edge, name, labeller, questions, cloud)
+        seed = derive_seed(s.seed, name, "samples")
+        return labels.control_labels(rows, s.label_control, seed, overall)
+
+    # The checkpoint that stands labels new questions, from its answers
+    new = labelled(name, questions)
+    # Rows of the buffer are replayed beside them, as a rule with the labels that they have
     old = replay(buffer_rows(rounds), s.replay_rows, derive_seed(s.seed, name))
     if s.relabel_replay and old:
         known = {question.id: question for _, questions in plan for question in questions}
-        again = [known[row["id"]] for row in old]
-        old = label_questions(run, edge, f"{name}-replay", labeller, again, overall, cloud)
-    # All rows are learnt; the merged weights are the next checkpoint
+        old = labelled(f"{name}-replay", [known[row["id"]] for row in old])
+    # It learns both; the merged weights are the next checkpoint
     trained: Record = {}
-    if labeller != model and not rounds:
+    if s.edge.format_install and not rounds:
         edge.close()  # the sibling's engine cannot take another architecture's weights
     if rounds or s.edge.format_install:
         model, trained = fine_tune(run, edge, name, model, [*new, *old])
@@ -192,25 +193,19 @@ def edge_slot(settings: Settings) -> EngineSlot:
 
 
 def buffer_model(settings: Settings) -> Path:
-    """The model that labels R0's buffer: the edge model, or the sibling that installs the format."""
+    """The model that labels R0's buffer: the edge model, or the teacher of the format."""
     install, edge = settings.edge.format_install, settings.edge
     model = (install.labels_from, install.revision) if install else (edge.model, edge.revision)
     return model_folder(*model)
 
 
 def label_questions(
-    run: Run,
-    edge: EngineSlot,
-    name: str,
-    model: Path,
-    questions: Questions,
-    overall: Sequence[float] = (),
-    cloud: Letters = GOLD,
+    run: Run, edge: EngineSlot, name: str, model: Path, questions: Questions, cloud: Letters = GOLD
 ) -> list[SftRow]:
     """Training rows for `questions`, labelled by what the checkpoint `model` answers to them.
 
     `cloud`: its letters, which are taught (`answer_target`) or count as right (`label_reference`);
-    a question without one is left out. `overall`: see `labels.control_labels`.
+    a question without one is left out, and so is one without a letter to teach.
     """
     s, seed = run.settings, derive_seed(run.settings.seed, name, "samples")
     if cloud:
@@ -228,26 +223,23 @@ def label_questions(
     samples = run.cached_rows(f"{name}-samples", key, ask, [model], [prompts, engines, labels])
     pairs = zip(questions, cast(list[Sample], samples), strict=True)
     rows = [labels.training_row(question, sample, s, taught) for question, sample in pairs]
-    return labels.control_labels([row for row in rows if row], s.label_control, seed, overall)
+    return [row for row in rows if row]
 
 
 def fine_tune(
     run: Run, edge: EngineSlot, name: str, model: Path, rows: Sequence[SftRow]
 ) -> tuple[Path, Record]:
-    """The next checkpoint, `model` trained on `rows`, and the record of its training (see `sft`)."""
+    """The next checkpoint, `model` trained on `rows`, and the record that `training.sft` gives."""
     s, seed = run.settings, derive_seed(run.settings.seed, name, "sft")
-    template = buffer_model(s) if s.edge.format_install else None
 
     def compute(folder: Path) -> None:
         write_jsonl(folder / "rows.jsonl", rows)
         edge.sleep()  # the GPU is the training's
         out = folder / "model"
-        training.train(
-            training.Job(model=model, rows=rows, settings=s, out=out, seed=seed, template=template)
-        )
+        training.train(training.Job(model=model, rows=rows, settings=s, out=out, seed=seed))
 
     key = {**s.only("lora", "sft", "training", "dtype"), "rows": digest(list(rows)), "seed": seed}
-    inputs = [path for path in (model, template) if path]
+    inputs = [model, buffer_model(s)] if s.edge.format_install else [model]
     folder = run.cached(f"{name}-sft", key, compute, inputs, [prompts, training])
     return folder / "model", read_record(folder / "training.json")
 
@@ -271,10 +263,10 @@ def trained_checkpoint(run: Run) -> Path:
 
 
 class Branch(NamedTuple):
-    """The checkpoint of the branch round; its new rows, counts per task, the replay, the training."""
+    """The branch round: its checkpoint, new rows, counts per task, replayed rows and training."""
 
     model: Path
-    rows: list[open_ended.OpenRow]
+    rows: list[SftRow]
     counts: list[dict[str, Any]]  # see `open_ended.r15_rows`
     replayed: list[SftRow]
     training: dict[str, Any]
@@ -297,7 +289,7 @@ def run_r15(
     key = asked(s, questions, *DRAWN, "tie", "open_ended", *MODEL, seed=seed)
     code = [prompts, engines, labels, open_ended]
     folder = run.cached("r15-labels", key, compute, [model], code)
-    new = cast(list[open_ended.OpenRow], read_jsonl(folder / "rows.jsonl"))
+    new = cast(list[SftRow], read_jsonl(folder / "rows.jsonl"))
     old = replay(buffer_rows(rounds), s.open_ended.r15.replay, seed)
     if s.open_ended.r15_model:  # trained by others on other rows; these are for the eye
         branch = model_folder(s.open_ended.r15_model, s.open_ended.r15_revision)

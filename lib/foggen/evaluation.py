@@ -10,16 +10,19 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pandas as pd
+from pandas import DataFrame as Table
 from scipy.special import expit
 
 from foggen import automix, engines, labels, open_ended, prompts
-from foggen.config import Settings, derive_seed, model_folder
+from foggen.config import Settings, derive_seed
 from foggen.engines import NOTHING, Engine, EngineSlot, Sampling, make_engine
+from foggen.inputs import model_folder
 from foggen.labels import Questions
 from foggen.questions import OpenQuestion, Question, subset
 from foggen.store import Run, digest, progress
@@ -31,7 +34,6 @@ PARTS = ("scores", "votes", "verification")
 Parts = Sequence[str]
 OpenQuestions = Sequence[OpenQuestion]
 Rows = list[dict[str, Any]]
-Table = pd.DataFrame
 Ask = Callable[[Engine], Rows]
 
 
@@ -47,7 +49,8 @@ def greedy_answers(engine: Engine, questions: Questions, settings: Settings) -> 
      "local_answer": "B", "local_correct": 0, "confidence": 0.25, "local_tokens": 5,
      "text": "Confidence: 0.25\\nFinal answer: B", "failed": 0}
 
-    An unreadable answer or confidence is None. `failed`: a cloud gave no text, not even an empty one.
+    An unreadable answer or confidence is None. `failed`: the cloud gave no text, not even an empty
+    one.
     """
     messages = [prompts.mcq_messages(question, settings.prompt_variant) for question in questions]
     replies = engine.generate(messages, Sampling(max_tokens=settings.max_new_tokens))
@@ -94,7 +97,8 @@ def stage(
     def compute() -> Rows:
         if model:
             return ask(edge.load(model))
-        edge.close()  # room for the cloud; in one process two vLLM engines kill each other
+        if inputs:
+            edge.close()  # room for the cloud; in one process two vLLM engines kill each other
         with closing(cloud_engine(run.settings)) as engine:
             rows = ask(engine)
         if failed := sum(row["failed"] for row in rows):
@@ -127,13 +131,10 @@ def answers(
     run: Run, edge: EngineSlot, questions: Questions, model: Path | None, name: str
 ) -> Table:
     """`greedy_answers` of a checkpoint (None: of the cloud), with the questions' texts."""
-    settings, texts = run.settings, [question.question for question in questions]
-
-    def ask(engine: Engine) -> Rows:
-        return greedy_answers(engine, questions, settings)
-
-    key = asked(settings, questions, "max_new_tokens")
+    ask = partial(greedy_answers, questions=questions, settings=run.settings)
+    key = asked(run.settings, questions, "max_new_tokens")
     table = stage(run, edge, model, f"{name}-answers", key, ask)
+    texts = [question.question for question in questions]
     return table.astype({"confidence": float}).assign(question=texts)
 
 
@@ -159,7 +160,7 @@ def scores(run: Run, edge: EngineSlot, questions: Questions, model: Path, name: 
             rows.append({**row, "option_probability": score.option_probability})
         return rows
 
-    key = asked(settings, questions, answers=letters)
+    key = asked(settings, questions, answers=digest(letters))
     return stage(run, edge, model, f"{name}-scores", key, ask, labels).astype(float)
 
 
@@ -169,8 +170,8 @@ def p_true(engine: Engine, questions: Questions, letters: Sequence[str | None]) 
     NaN for an answer that could not be read (None): there is nothing to judge.
     """
     decide = {"role": "assistant", "content": prompts.VERIFY_DECISION}
-    pairs = [pair for pair in zip(questions, letters, strict=True) if pair[1]]
-    messages = [[*prompts.verify_messages(*pair), decide] for pair in pairs]
+    pairs = zip(questions, letters, strict=True)
+    messages = [[*prompts.verify_messages(q, letter), decide] for q, letter in pairs if letter]
     logs = iter(engine.score(messages, [[" Correct.", " Incorrect."]] * len(messages)))
     verdicts = [next(logs) if letter else (math.nan, math.nan) for letter in letters]
     return [float(expit(correct - incorrect)) for correct, incorrect in verdicts]
@@ -195,11 +196,8 @@ def verifications(
     letters, rule = letters_of(answers(run, edge, questions, model, name)), run.settings.automix
     seed = derive_seed(run.settings.seed, name.partition("-")[0], "verification")
     sampling = Sampling(rule.k, rule.temperature, rule.max_new_tokens, seed)
-
-    def ask(engine: Engine) -> Rows:
-        return automix.verify(engine, questions, letters, sampling)
-
-    key = asked(run.settings, questions, "automix", answers=letters, seed=seed)
+    ask = partial(automix.verify, questions=questions, answers=letters, sampling=sampling)
+    key = asked(run.settings, questions, "automix", answers=digest(letters), seed=seed)
     return stage(run, edge, model, f"{name}-verification", key, ask, automix)
 
 
@@ -234,10 +232,7 @@ def open_outcomes(
 ) -> Table:
     """The outcomes table of a checkpoint on open-ended questions, with a task for a domain."""
     limits = run.settings.open_ended.max_new_tokens.model_dump()
-
-    def ask(engine: Engine) -> Rows:
-        return open_ended.evaluate_open(engine, questions, limits)
-
+    ask = partial(open_ended.evaluate_open, questions=questions, max_new_tokens=limits)
     key, cloud = asked(run.settings, questions, limits=limits), f"{name.partition('-')[0]}-cloud"
     pairs = ((model, name), (None, cloud))
     tables = [stage(run, edge, at, f"{name}-answers", key, ask, open_ended) for at, name in pairs]
@@ -249,9 +244,6 @@ def judged(run: Run, edge: EngineSlot, questions: OpenQuestions, model: Path, na
     table = open_outcomes(run, edge, questions, model, name)
     texts = letters_of(table[table["task"] == "truthfulqa"])
     graded = [question for question in questions if question.task == "truthfulqa"]
-
-    def ask(engine: Engine) -> Rows:
-        return open_ended.judge(engine, graded, texts)
-
-    key = asked(run.settings, graded, answers=texts)
+    ask = partial(open_ended.judge, questions=graded, answers=texts)
+    key = asked(run.settings, graded, answers=digest(texts))
     return stage(run, edge, None, f"{name}-judged", key, ask, open_ended).astype({"correct": float})

@@ -11,7 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +34,7 @@ class Sample(TypedDict):
     {"id": "law-7", "p_correct": 0.75, "majority_answer": "A", "votes": "AABA-AAA",
      "texts": ["Confidence: 1.0\\nFinal answer: A", ...], "tokens": 40}
 
-    `p_correct`: share (or probability) of right answers, 0 to 1. `votes`: one letter per generation,
+    `p_correct`: share (or probability) of right answers, 0 to 1. `votes`: one letter per answer,
     `-` for an unreadable one; None where probabilities were read instead (`labels: exact`).
     """
 
@@ -108,9 +108,10 @@ def judged_sample(
     question: Question, shares: Mapping[str, float], reference: Letters, votes: str | None = None
 ) -> Sample:
     """The sample of a question whose letters were given with these shares (or probabilities)."""
-    right = reference.get(question.id, question.answer)
-    majority = max(shares, key=shares.__getitem__, default=None)  # the first one among equals
-    p = shares.get(right, 0.0)
+    p = shares.get(reference.get(question.id, question.answer), 0.0)
+    majority = max(shares, key=shares.__getitem__, default=None)  # the first among equals
+    if majority and not shares[majority]:
+        majority = None  # no letter is possible
     return Sample(id=question.id, p_correct=p, majority_answer=majority, votes=votes)
 
 
@@ -121,31 +122,20 @@ PURE = Sampling(temperature=1.0)
 
 
 class AnswerScores(NamedTuple):
-    """Log-probabilities in nats of a question's answers in the format; -inf: impossible."""
+    """What a model's probabilities say of one question. NaN where every answer is impossible."""
 
-    log_confidence: Floats  # (5,): log P(bucket)
-    log_joint: Floats  # (5, options): log P(bucket and letter)
-
-    @property
-    def letters(self) -> Floats:
-        """(options,): P(letter), whatever the confidence before it; they sum to at most 1."""
-        return np.exp(logsumexp(self.log_joint, axis=0))
-
-    @property
-    def expected_confidence(self) -> float:
-        """E[c], the mean bucket: a confidence with more than five levels."""
-        return float(softmax(self.log_confidence) @ prompts.BUCKETS)
-
-    @property
-    def option_probability(self) -> float:
-        """The likeliest letter's share among the letters, however seldom the format is met."""
-        return float(softmax(logsumexp(self.log_joint, axis=0)).max())
+    letters: Floats  # (options,): P(letter) in the answer format, whatever the confidence before it
+    expected_confidence: float  # E[c], the mean bucket: a confidence with more than five levels
+    option_probability: float  # the likeliest letter's share among the letters
 
 
 def score_answers(
     engine: Engine, questions: Questions, variant: prompts.Variant, sampling: Sampling = PURE
 ) -> list[AnswerScores]:
-    """Exact P(bucket) and P(bucket) * P(letter | bucket), at the temperature of `sampling`."""
+    """Exact probabilities of all answers in the format, drawn as `sampling` says.
+
+    Shares are taken of logarithms: a model that seldom keeps the format has them all the same.
+    """
     messages = [prompts.mcq_messages(question, variant) for question in questions]
     heads = [f"{prompts.CONFIDENCE_PREFIX} {text}" for text in prompts.BUCKET_TEXTS]
     ends = [f"{prompts.ANSWER_PREFIX} {letter}" for letter in prompts.LETTERS]
@@ -157,7 +147,10 @@ def score_answers(
     scores = []
     for row in engine.score(messages, continuations, *drawn):
         log_confidence, log_joint = np.split(np.array(row), [len(heads)])
-        scores.append(AnswerScores(log_confidence, log_joint.reshape(len(heads), -1)))
+        log_letters = logsumexp(log_joint.reshape(len(heads), -1), axis=0)  # of (5, options)
+        expected = float(softmax(log_confidence) @ prompts.BUCKETS)
+        likeliest = float(softmax(log_letters).max())
+        scores.append(AnswerScores(np.exp(log_letters), expected, likeliest))
     return scores
 
 
@@ -172,7 +165,7 @@ def exact_answers(
     sampling, samples = recipe_sampling(settings), []
     scores = score_answers(engine, questions, settings.prompt_variant, sampling)
     for question, score in zip(questions, scores, strict=True):
-        shares = {letter: p for letter, p in zip(prompts.LETTERS, score.letters) if p > 0}
+        shares = dict(zip(prompts.LETTERS, score.letters.tolist(), strict=False))
         samples.append(judged_sample(question, shares, reference))
     return samples
 
@@ -194,15 +187,10 @@ def training_row(
     if answer is None:
         return None
     confidence = bucket(sample["p_correct"], settings.tie)
-    return SftRow(
-        id=question.id,
-        domain=question.domain,
-        messages=prompts.mcq_messages(question, settings.prompt_variant),
-        target=prompts.target_text(confidence, answer),
-        answer=answer,
-        confidence=confidence,
-        votes=sample["votes"],
-    )
+    messages = prompts.mcq_messages(question, settings.prompt_variant)
+    row = {"id": question.id, "domain": question.domain, "messages": messages}
+    row |= {"target": prompts.target_text(confidence, answer), "answer": answer}
+    return cast(SftRow, {**row, "confidence": confidence, "votes": sample["votes"]})
 
 
 def control_labels(

@@ -1,7 +1,7 @@
 """Fine-tuning of one round: a LoRA adapter on the assistant's turn, merged into the model.
 
-Holds what TRL is given, what a training leaves behind, and on which devices it runs. Knows nothing of
-labels, rounds or engines.
+Holds what TRL is given, what a training leaves behind, and on which devices it runs. Knows nothing
+of labels, rounds or evaluation.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from foggen.config import Settings, SettingsError
+from foggen.inputs import model_folder
 from foggen.prompts import Messages, encode_chat, plain_ids, turn_end_ids
 from foggen.store import ROOT, read_json, write_json, write_text
 
@@ -25,23 +26,21 @@ CARD = ROOT / "data" / "checkpoint_card.md"
 LAUNCH = "accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no"
 LAUNCH += " --dynamo_backend no --main_process_port 0 --num_processes"
 
+Record = dict[str, Any]
+
 
 class TrainingError(RuntimeError):
     """A training that cannot begin, that diverged, or whose process failed."""
 
 
 class Job(BaseModel):
-    """One training: `model` learns `rows` (`messages`, `target`); the result is saved in `out`.
-
-    `template`: a model whose chat template is taken where `model` has none.
-    """
+    """One training: `model` learns `rows` (`messages`, `target`); the result is saved in `out`."""
 
     model: Path
     rows: Sequence[Mapping[str, Any]]
     settings: Settings
     out: Path
     seed: int
-    template: Path | None = None
 
 
 def limit_threads(settings: Settings) -> None:
@@ -52,17 +51,15 @@ def limit_threads(settings: Settings) -> None:
         torch.set_num_threads(settings.threads)
 
 
-def load_tokenizer(model: Path, template: Path | None = None) -> Any:
-    """The tokenizer of a model, with the chat template of the model `template` if it has none."""
+def load_tokenizer(model: Path, settings: Settings) -> Any:
+    """The tokenizer of a model; one without a chat template takes that of the format's teacher."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    if template and not tokenizer.chat_template:
-        other = AutoTokenizer.from_pretrained(template)
+    tokenizer, install = AutoTokenizer.from_pretrained(model), settings.edge.format_install
+    if install and not tokenizer.chat_template:
+        other = AutoTokenizer.from_pretrained(model_folder(install.labels_from, install.revision))
         if other.get_vocab() != tokenizer.get_vocab():
-            raise SettingsError(
-                "edge.format_install.labels_from: another vocabulary than the edge model's"
-            )
+            raise SettingsError("edge.format_install: labels_from has another vocabulary")
         tokenizer.chat_template = other.chat_template
     return tokenizer
 
@@ -72,7 +69,7 @@ def encode_row(tokenizer: Any, messages: Messages, target: str) -> dict[str, lis
 
     {"input_ids": [151644, 8948, ...], "labels": [-100, -100, ..., 15, 151645]}
 
-    Learnt are the target and the end of the turn. The prompt has the very ids that an engine reads, so
+    Learnt are the target and the end of the turn. The prompt has the very ids that an engine reads:
     training and inference cannot drift apart.
     """
     prompt = encode_chat(tokenizer, messages)
@@ -84,11 +81,11 @@ def encode_row(tokenizer: Any, messages: Messages, target: str) -> dict[str, lis
 # One training
 
 
-def sft(job: Job) -> dict[str, Any]:
+def sft(job: Job) -> Record:
     """Trains an adapter, merges it, saves both. Returns, and saves as training.json, the record
 
-    {"rows": 320, "too_long": 0, "tokens": 61440, "steps": 40, "loss": 0.2107,
-     "dtype": "torch.float32", "seed": 7}
+    {"rows": 320, "too_long": 0, "tokens": 61440, "steps": 40, "loss": 0.2107, "seed": 7,
+     "dtype": "torch.float32"}
 
     Rows longer than `max_length` are left out: cut off, they would teach answers without an end.
     Raises TrainingError where no row is left, or where loss or weights are not finite.
@@ -98,7 +95,7 @@ def sft(job: Job) -> dict[str, Any]:
     limit_threads(job.settings)
     set_seed(job.seed)
     # Token ids
-    tokenizer, longest = load_tokenizer(job.model, job.template), job.settings.training.max_length
+    tokenizer, longest = load_tokenizer(job.model, job.settings), job.settings.training.max_length
     encoded = [encode_row(tokenizer, row["messages"], row["target"]) for row in job.rows]
     rows = [row for row in encoded if len(row["input_ids"]) <= longest]
     if not rows:
@@ -113,22 +110,16 @@ def sft(job: Job) -> dict[str, Any]:
     if not (math.isfinite(result.training_loss) and all(w.isfinite().all() for w in trained)):
         raise TrainingError(f"diverged, loss {result.training_loss}: lower sft.learning_rate")
     # What it leaves behind
-    record = {
-        "rows": len(rows),
-        "too_long": len(encoded) - len(rows),
-        "tokens": sum(len(row["input_ids"]) for row in rows),
-        "steps": result.global_step,
-        "loss": round(result.training_loss, 4),
-        "dtype": str(dtype),
-        "seed": job.seed,
-    }
+    record: Record = {"rows": len(rows), "too_long": len(encoded) - len(rows)}
+    record |= {"tokens": sum(len(row["input_ids"]) for row in rows), "steps": result.global_step}
+    record |= {"loss": round(result.training_loss, 4), "seed": job.seed, "dtype": str(dtype)}
     if trainer.accelerator.is_main_process:
         save(trainer.model, job, record)
     return record
 
 
 def make_trainer(job: Job, tokenizer: Any, rows: list[dict[str, list[int]]]) -> Any:
-    """TRL's trainer with the profile's `sft` and `lora`, and with what the recipe leaves no choice."""
+    """TRL's trainer: the profile's `sft` and `lora`, and what the recipe leaves no choice about."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -158,8 +149,8 @@ def make_trainer(job: Job, tokenizer: Any, rows: list[dict[str, list[int]]]) -> 
     )
 
 
-def save(tuned: Any, job: Job, record: Mapping[str, Any]) -> None:
-    """Saves the merged model in the job's `out`; beside it the adapter, as PEFT does, and the record."""
+def save(tuned: Any, job: Job, record: Record) -> None:
+    """Saves the merged model in `out`; beside it the adapter in PEFT's format, and the record."""
     from foggen.engines.base import end_tokens
 
     dtype, config, adapter = tuned.dtype, tuned.peft_config["default"], job.out.with_name("adapter")
@@ -173,7 +164,7 @@ def save(tuned: Any, job: Job, record: Mapping[str, Any]) -> None:
     merged = tuned.merge_and_unload().to(dtype)
     merged.config.use_cache = True  # the trainer switched it off
     # A text ends with the turn's last token, which was learnt, or as it did before
-    tokenizer = load_tokenizer(job.model, job.template)  # the trainer may have changed its copy
+    tokenizer = load_tokenizer(job.model, job.settings)  # the trainer may have changed its copy
     ends = end_tokens(merged.generation_config, tokenizer)
     merged.generation_config.eos_token_id = sorted({*ends, turn_end_ids(tokenizer)[-1]})
     merged.save_pretrained(job.out)
@@ -188,7 +179,7 @@ def save(tuned: Any, job: Job, record: Mapping[str, Any]) -> None:
 # Where it runs
 
 
-def train(job: Job) -> dict[str, Any]:
+def train(job: Job) -> Record:
     """As `sft`: in this process on a CPU; on GPUs in another, whose end gives their memory back."""
     import torch
 
@@ -196,7 +187,7 @@ def train(job: Job) -> dict[str, Any]:
     return sft(job) if alone else train_elsewhere(job)
 
 
-def train_elsewhere(job: Job) -> dict[str, Any]:
+def train_elsewhere(job: Job) -> Record:
     """As `sft`, in `training.processes` processes. Raises TrainingError with their last lines."""
     count = job.settings.training.processes
     launcher = [*LAUNCH.split(), str(count), "-m"] if count > 1 else []
