@@ -21,7 +21,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from foggen import sources
-from foggen.config import Columns, Settings, Source, is_local
+from foggen.config import Columns, Settings, Source
+from foggen.inputs import is_local
 from foggen.prompts import LETTERS, SYSTEM_OPEN
 from foggen.sources import Kind, Table
 from foggen.sources import QuestionError as QuestionError
@@ -66,7 +67,7 @@ def _fact_key(question: Question | OpenQuestion) -> str:
 
 
 class Question(BaseModel, frozen=True, extra="ignore", coerce_numbers_to_str=True):
-    """A multiple-choice question; no two of its options are the same when normalised."""
+    """A multiple-choice question; no two of its options are the same text but for white space."""
 
     id: Name
     domain: Name
@@ -83,7 +84,8 @@ class Question(BaseModel, frozen=True, extra="ignore", coerce_numbers_to_str=Tru
     @model_validator(mode="after")
     def _checked(self) -> Question:
         letters = LETTERS[: len(self.options)]
-        if len(set(map(normalised, self.options))) < len(letters):
+        texts = {normalised(option, keep_case=True) for option in self.options}
+        if len(texts) < len(letters):
             raise ValueError("field `options`: two are the same; expected: different texts")
         if len(self.answer) != 1 or self.answer not in letters:
             raise ValueError(f"field `answer`: {self.answer!r}; expected: a letter of {letters}")

@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from foggen.config import Columns, Source, explained
+from foggen.config import Columns, Source
+from foggen.inputs import TableError, explained, read_rows
 from foggen.prompts import LETTERS, SYSTEM_OPEN, parse_response
-from foggen.store import TableError, read_rows
 
 Kind = TypeVar("Kind", bound=BaseModel)
 Row = dict[str, Any]
@@ -49,10 +49,13 @@ class QuestionError(ValueError):
     """Rows that cannot be used, all of them, each with its place, field and the expected form."""
 
 
-def normalised(text: str) -> str:
-    """A text as it is compared with others: without differences of case, NFC and white space."""
-    words = re.split(r"[\s\u200b\u2060\ufeff]+", unicodedata.normalize("NFC", text.casefold()))
-    return " ".join(filter(None, words))
+def normalised(text: str, keep_case: bool = False) -> str:
+    """A text as it is compared with others: NFC, every white space a blank, and without case.
+
+    Options keep their case, since `Rr` and `RR` are different genotypes.
+    """
+    text = unicodedata.normalize("NFC", text if keep_case else text.casefold())
+    return " ".join(filter(None, re.split(r"[\s\u200b\u2060\ufeff]+", text)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -76,7 +79,7 @@ def file_tables(path: Path, open_ended: bool = False) -> dict[str, Table]:
         try:
             tables[file.stem] = tables.get(file.stem, []) + read_rows(file)
         except TableError as error:
-            problems += str(error).splitlines()
+            problems.append(str(error))
     if not tables and not problems:
         problems = [f"{path}: no such file, or no {', '.join(endings)} of this kind in it"]
     refuse(problems)
@@ -141,7 +144,8 @@ def _problem(problem: Mapping[str, Any], kind: type[BaseModel]) -> str:
     if not problem["loc"]:
         return str(problem["msg"]).removeprefix("Value error, ")
     name = str(problem["loc"][0])
-    return f"field `{name}`: {problem['msg']}; expected: {kind.model_fields[name].description}"
+    form = kind.model_fields[name].description or "a text"
+    return f"field `{name}`: {problem['msg']}; expected: {form}"
 
 
 def check_rows(table: Table, kind: type[Kind]) -> tuple[list[Kind], list[str]]:
@@ -164,8 +168,9 @@ def check_rows(table: Table, kind: type[Kind]) -> tuple[list[Kind], list[str]]:
 def refuse(problems: Sequence[str]) -> None:
     """Raises QuestionError with all problems, if there are any."""
     if problems:
-        text = "\n".join(problems)
-        raise QuestionError(f"{len(problems)} problem(s), nothing was loaded:\n{text}")
+        more = [f"and {len(problems) - 100} more"] if len(problems) > 100 else []
+        head = f"{len(problems)} problem(s), nothing was loaded:"
+        raise QuestionError("\n".join([head, *problems[:100], *more]))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -183,6 +188,18 @@ def _columns(table: Table, given: Columns) -> Columns:
     return Columns.model_validate(usual | given.model_dump(exclude_none=True))
 
 
+def _missing(table: Table, columns: Columns) -> list[str]:
+    """The fields whose column is not known, or is in no row."""
+    known = {column for _, row in table for column in row}
+    missing = []
+    for field, column in columns.model_dump(exclude={"answer_is"}).items():
+        names = [column] if isinstance(column, str) else column or []
+        needed = field in ("question", "options", "answer")
+        if not known.issuperset(names) or (needed and not names):
+            missing.append(field)
+    return missing if table else []
+
+
 def _untold(table: Table, trouble: str) -> QuestionError:
     """What is wrong, the first row, and the lines to write into the profile."""
     place, row = table[0]
@@ -198,11 +215,11 @@ def _from_chat(turns: Any) -> Row:
 
     user: `Why?\nA. so\nB. not so`, assistant: `Confidence: 0.5\nFinal answer: B`
     """
-    chat = {
-        turn.get("role"): str(turn.get("content")) for turn in turns if isinstance(turn, Mapping)
-    }
+    said = [turn for turn in turns or [] if isinstance(turn, Mapping)]
+    chat = {turn.get("role"): str(turn.get("content")) for turn in said}
     user, assistant = chat.get("user", ""), chat.get("assistant", "")
-    parts = re.fullmatch(r"(?sm)(.*)^[ \t]*\(?A[.):][ \t]+(.*)", user)  # from the last A on
+    # The options begin with the last line of an A, and end with a blank line.
+    parts = re.match(r"(?sm)(.*)^[ \t]*\(?A[.):][ \t]+(.*?)(?:\n[ \t]*\n|\Z)", user)
     question, options = parts.groups() if parts else (user, "")
     texts = re.split(r"\n[ \t]*\(?[B-Z][.):][ \t]+", options.strip())
     answer = parse_response(assistant).answer or assistant
@@ -243,9 +260,9 @@ def _fields(row: Row, columns: Columns) -> Row:
 
 def _places(row: Row) -> dict[str, int]:
     """The place of the right option (0 is the first), by every way to read the answer."""
-    text = "" if row["answer"] is None else str(row["answer"]).strip()
+    text = "" if row["answer"] is None else normalised(str(row["answer"]), keep_case=True)
     options = row["options"] if isinstance(row["options"], list) else []
-    texts = [normalised(str(option)) for option in options]
+    texts = [normalised(str(option), keep_case=True) for option in options]
     is_number = re.fullmatch(r"[0-9]{1,2}(\.0)?", text) and text not in row["labels"]
     number = int(float(text)) if is_number else -1
     places = {"index0": number, "index1": number - 1}
@@ -253,8 +270,8 @@ def _places(row: Row) -> dict[str, int]:
         places["letter"] = row["labels"].index(text)
     elif letter := re.match(r"\(?([A-Za-z])(?:[.):]|\Z)", text):
         places["letter"] = LETTERS.index(letter[1].upper())
-    if normalised(text) in texts:
-        places["text"] = texts.index(normalised(text))
+    if text in texts:
+        places["text"] = texts.index(text)
     return {how: place for how, place in places.items() if 0 <= place < len(texts)}
 
 
@@ -276,10 +293,9 @@ def shaped(name: str, table: Table, given: Columns, domain: str | None = None) -
     """
     columns = _columns(table, given)
     if columns.messages and not columns.question:
-        table = [(place, row | _from_chat(row[columns.messages] or [])) for place, row in table]
+        table = [(place, row | _from_chat(row.get(columns.messages))) for place, row in table]
         columns = _columns(table, given)
-    needed = {"question": columns.question, "options": columns.options, "answer": columns.answer}
-    if missing := [field for field, column in needed.items() if table and not column]:
+    if missing := _missing(table, columns):
         raise _untold(table, f"cannot tell which column holds: {', '.join(missing)}")
     rows = [_fields(row, columns) for _, row in table]
     words = [str(row["question"]) for row in rows if row.get("context")]
