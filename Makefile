@@ -1,10 +1,10 @@
 # make reproduce [PROFILE=pocket] [RUN=runs/pocket] [SEED=0] [QUESTIONS=path] [ARGS="-p rounds=7"]   resumes where it stopped
 # make plan      the same options: what would be run, downloaded and needed; creates nothing
 # make report OUTCOMES=file    notebook 07 on an outcomes file of your own, as runs/report/07_your_outcomes.html
-# make lab | setup | setup-gpu (adds vLLM) | clean (environments, caches) | clean-runs (runs; asks first)
+# make lab | publish (a run's outputs into the notebooks) | setup | setup-gpu (adds vLLM) | clean (environments, caches) | clean-runs (runs; asks first)
 # make test | test-slow | test-vllm | rehearse | lint | lock | bank | pocket | pocket-check | bench | bench-gpu | bench-equality
 # Every target makes its own virtual environment first; PYTHON names the interpreter it is made with.
-# On a Linux laptop without a GPU: TORCH_INDEX=https://download.pytorch.org/whl/cpu spares 2.5 GB of downloads.
+# On a Linux laptop without a GPU: TORCH_INDEX=https://download.pytorch.org/whl/cpu spares gigabytes of CUDA packages.
 
 PYTHON ?= python3
 PROFILE ?= pocket
@@ -17,7 +17,7 @@ PIP := -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),-
 quoted = '$(subst ','\'',$(value $(1)))'
 option = $(if $(value $(2)),$(1) $(call quoted,$(2)))
 
-.PHONY: setup setup-gpu reproduce plan report lab test test-slow rehearse lint lock clean clean-runs \
+.PHONY: setup setup-gpu reproduce plan publish report lab test test-slow rehearse lint lock clean clean-runs \
 	bank pocket pocket-check bench bench-gpu
 .NOTPARALLEL:
 
@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python $(PIP) --editable '.[dev]'
 	touch $@
 
-# 1.1 GB of downloads more; the same pins serve both, so what is installed already stays.
+# The same pins serve both, so what is installed already stays.
 setup-gpu: $(STAMP)
 	$(BIN)/python $(PIP) --editable '.[dev,gpu]'
 
@@ -48,6 +48,10 @@ report: $(STAMP)
 	$(BIN)/papermill notebooks/07_your_outcomes.ipynb runs/report/notebooks/07_your_outcomes.ipynb \
 		-r run runs/report -r outcomes $(call quoted,OUTCOMES) $(ARGS)
 	$(BIN)/jupyter nbconvert --to html --no-input --output-dir runs/report runs/report/notebooks/07_your_outcomes.ipynb
+
+# Outputs, costs and figures of a finished run, into the checkout
+publish: $(STAMP)
+	$(BIN)/python notebooks/publish.py $(if $(value RUN),$(call quoted,RUN))
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab notebooks $(ARGS)
