@@ -283,7 +283,7 @@ def _template_pieces(tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...])
         turns[1]["content"] = f"{_CONTENT}\n\n{_CONTENT}"
         pieces = _rendered(tokenizer, turns[1:], add_generation_prompt=True).split(_CONTENT)
     if len(pieces) != len(roles) + 1:
-        raise ChatTemplateError(f"{tokenizer.name_or_path}: its template leaves out a message")
+        raise ChatTemplateError(f"the template of {tokenizer.name_or_path!r} leaves out a message")
     return pieces
 
 
@@ -313,10 +313,11 @@ def turn_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     them are learnt; generation ends at the last one. Raises ChatTemplateError without a mark.
     """
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _CONTENT}]
-    ending = _rendered(tokenizer, turns).rpartition(_CONTENT)[2]
-    ids, added = _control_ids(tokenizer, ending), tokenizer.added_tokens_decoder
+    _, content, ending = _rendered(tokenizer, turns).rpartition(_CONTENT)
+    ids = _control_ids(tokenizer, ending) if content else []
+    added = tokenizer.added_tokens_decoder
     for place, token in enumerate(ids, 1):
         if token in added and added[token].special:
             return ids[:place]
-    trouble = f"its template ends an assistant's turn with {ending!r}, without a control token"
-    raise ChatTemplateError(f"{tokenizer.name_or_path}: {trouble}")
+    trouble = f"ends an assistant's turn with {ending!r}; expected: a control token in it"
+    raise ChatTemplateError(f"the template of {tokenizer.name_or_path!r} {trouble}")
