@@ -324,11 +324,3 @@ def _validated(values: Mapping[str, Any]) -> Settings:
     except pydantic.ValidationError as error:
         problems = re.sub(r"\n +For further information.*", "", str(error))
         raise SettingsError(problems) from None
-
-
-def __getattr__(name: str) -> Any:  # until all import these from foggen.inputs
-    if name in ("HubError", "explained", "is_local", "model_folder", "pin", "hub_entries"):
-        from foggen import inputs
-
-        return getattr(inputs, name)
-    raise AttributeError(name)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from huggingface_hub import errors, resolve_revision, snapshot_download
+from huggingface_hub import constants, errors, resolve_revision, snapshot_download
 
 from foggen.config import Settings, SettingsError, parameters
 from foggen.store import ROOT
@@ -57,8 +57,10 @@ def read_rows(path: str | Path) -> list[tuple[str, Row]]:
                 problems.append(f"{path.name}, {place}: {row}")
     except (OSError, ValueError, csv.Error) as error:
         problems.append(f"{path.name}: {error}; expected: a whole {path.suffix} file in UTF-8")
+    if len(problems) > 20:
+        problems[20:] = [f"({len(problems)} problems in all)"]
     if problems:
-        raise TableError("\n".join([*problems[:20], f"({len(problems)} in all)"]))
+        raise TableError("\n".join(problems))
     return rows
 
 
@@ -84,7 +86,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
                 row = json.loads(line, object_pairs_hook=_unique)
                 json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
             except (ValueError, RecursionError) as error:
-                row = str(error)
+                row = getattr(error, "msg", error)
             problem = f"{row!s:.200}; expected: one JSON object per line"
             yield f"line {number}", row if isinstance(row, dict) else problem
 
@@ -98,14 +100,15 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
         raise ValueError("its fields are separated by semicolons or tabs; expected: by commas")
     for number, cells in enumerate(filter(None, lines), 1):
         row = {name: cell or None for name, cell in zip(header, cells, strict=False)}
-        problem = f"{len(cells)} fields; expected: {len(header)}, as in the header"
+        expected = f"{len(header)}, as in the header (those with commas in double quotes)"
+        problem = f"{len(cells)} fields; expected: {expected}"
         yield f"row {number}", row if len(cells) == len(header) else problem
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
     from pyarrow import parquet
 
-    table = parquet.read_table(path)
+    table = parquet.ParquetFile(path).read()
     names = table.column_names
     if "id" not in names:  # a data frame's index that has no name
         names = ["id" if name == "__index_level_0__" else name for name in names]
@@ -121,7 +124,16 @@ REVISIONS = dict(
     model="revision", labels_from="revision", path="revision", r15_model="r15_revision"
 )
 HUB_ERRORS = (OSError, httpx2.HTTPError, errors.RevisionResolutionError, errors.HFValidationError)
-HELP = "(gated or private: `hf auth login`; disk full: HF_HOME; else name a folder or file instead)"
+REASONS = {  # the more telling errors first
+    errors.GatedRepoError: "it is gated: ask for access at {page}, then `hf auth login`",
+    errors.RepositoryNotFoundError: "not at {page}, or private: `hf auth login`",
+    errors.RevisionNotFoundError: "it has no such revision: see {page}/commits/main",
+    errors.HfHubHTTPError: "the hub answered {error.response.status_code}"
+    " {error.response.reason_phrase}: try again later",
+    errors.OfflineModeIsEnabled: "not in this machine's cache, and HF_HUB_OFFLINE is set",
+    errors.HFValidationError: "no such folder; expected: a folder, or owner/name of the hub",
+    httpx2.TransportError: "the connection to the hub failed ({error}): try again",
+}
 
 
 def is_local(name: str) -> bool:
@@ -129,14 +141,29 @@ def is_local(name: str) -> bool:
     return (ROOT / name).exists()
 
 
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it was raised from: libraries wrap the hub's own."""
+    while error:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 @contextmanager
 def explained(name: str, kind: str, revision: str | None = None) -> Iterator[None]:
-    """Turns what the hub's libraries raise inside the block into a HubError with their reason."""
+    """Turns what the hub's libraries raise inside the block into a HubError with the reason."""
     try:
         yield
     except HUB_ERRORS as error:
-        reason = " ".join(f"{error} {error.__cause__ or ''}".split())
-        raise HubError(f"{kind} {name}, revision {revision or 'main'}: {reason} {HELP}") from error
+        page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
+        reasons = (
+            reason.format(page=page, error=cause)
+            for known, reason in REASONS.items()
+            for cause in _causes(error)
+            if isinstance(cause, known)
+        )
+        reason = next(reasons, None) or str(error).rstrip(".")
+        expected = "downloads lie in HF_HOME; the profile may name a folder or file instead"
+        raise HubError(f"{kind} {name} ({revision or 'main'}): {reason} ({expected})") from error
 
 
 def model_folder(model: str, revision: str | None = None) -> Path:
@@ -151,7 +178,7 @@ def model_folder(model: str, revision: str | None = None) -> Path:
 
 
 def hub_entries(values: Any) -> Iterator[tuple[dict[str, Any], str, str]]:
-    """What a profile's values take from the hub: (group of settings, its id, its revision) by name.
+    """What a profile's values name of the hub: a group of settings, where its id and revision are.
 
     ({"model": "Qwen/Qwen3-0.6B", "revision": None, ...}, "model", "revision")
     """
@@ -169,12 +196,13 @@ def pin(settings: Settings, before: Mapping[str, Any] | None = None) -> dict[str
 
     Raises HubError where the hub cannot be asked and this machine's cache knows no revision.
     """
-    values = settings.model_dump()
+    values, open_values = settings.model_dump(), parameters(settings.model_dump())
     known = {group[name]: group[revision] for group, name, revision in hub_entries(before or {})}
     for group, name, revision in hub_entries(values):
         if not group[revision]:
             hub_id, kind = group[name], "dataset" if name == "path" else "model"
             with explained(hub_id, kind):
-                group[revision] = known.get(hub_id) or str(resolve_revision(hub_id, repo_type=kind))
-    before_pins = parameters(settings.model_dump())
-    return {name: value for name, value in parameters(values).items() if value != before_pins[name]}
+                group[revision] = (
+                    known.get(hub_id) or resolve_revision(hub_id, repo_type=kind).resolved
+                )
+    return {name: value for name, value in parameters(values).items() if value != open_values[name]}

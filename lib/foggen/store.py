@@ -302,13 +302,6 @@ def finish(run: Run, notebook: str, headline: str, **results: Any) -> Path:
 
     {"notebook": "03_routing", "headline": "lift 4.6", "results": {"lift": 4.6}, "peak": 512000000}
     """
+    run.manifest()  # a kill may have come between the last stage and its row
     values = {"notebook": notebook, "headline": headline, "results": results, "peak": peak_memory()}
     return write_json(run.folder / "done" / f"{notebook}.json", values)
-
-
-def __getattr__(name: str) -> Any:  # until all import these from foggen.inputs
-    if name in ("TableError", "read_rows"):
-        from foggen import inputs
-
-        return getattr(inputs, name)
-    raise AttributeError(name)
