@@ -19,7 +19,7 @@ import nbformat
 import pytest
 
 from foggen import reproduce
-from foggen.config import Settings, load_profile
+from foggen.config import Settings, load_profile, override
 from foggen.store import LOCK_VARIABLE, ROOT, RUN_VARIABLE
 
 PARAMETERS = 'profile = "pocket"\nrun = "runs/pocket"\nseed = 0\noverrides = {}'
@@ -339,6 +339,20 @@ def test_what_is_missing_is_said_with_the_line_to_type(
 ) -> None:
     monkeypatch.setattr(name, value)
     assert expected in missing(paper) and missing(paper).count("\n") == 0
+
+
+def test_a_server_needs_its_address_and_key(
+    paper: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = {"cloud.base_url": "http://127.0.0.1:1/v1", "cloud.key_variable": "MY_KEY"}
+    settings = override(paper, {"cloud.engine": "openai", "cloud.model": "strong", **server})
+    settings = override(settings, {"cloud.options": {}})
+    monkeypatch.delenv("MY_KEY", raising=False)
+    assert "the server of strong: " in missing(settings) and "MY_KEY" in missing(settings)
+    monkeypatch.setenv("MY_KEY", "secret")
+    assert missing(settings) == ""
+    address = override(settings, {"cloud.base_url": "http://user:secret@host/v1"})
+    assert "the server of strong: " in missing(address) and "secret" not in missing(address)
 
 
 def test_vllm_on_a_cpu_needs_no_gpu(paper: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

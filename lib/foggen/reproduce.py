@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import nbformat
 from huggingface_hub import constants, errors, snapshot_download
+from huggingface_hub.utils.tqdm import disable_progress_bars
 from tqdm.contrib import DummyTqdmFile
 
 import foggen
@@ -93,6 +94,7 @@ def hub_size(name: str, kind: str, revision: str | None) -> tuple[float, float]:
     """
     patterns = inputs.MODEL_FILES if kind == "model" else None
     wanted: Any = {"repo_type": kind, "revision": revision, "allow_patterns": patterns}
+    disable_progress_bars()
     with inputs.explained(name, kind, revision):
         try:
             copy = Path(snapshot_download(name, local_files_only=True, **wanted))
@@ -128,11 +130,24 @@ def needs(settings: Settings) -> Iterator[tuple[str, str]]:
     free = max(shutil.disk_usage(place).free for place in places if place.exists()) / GB
     advice = f"{free:.0f} GB are free; HF_HOME names a larger disk" if disk > free else ""
     yield f"disk: {disk:.0f} GB, with a checkpoint per round", advice
+    if settings.cloud.engine == "openai":
+        yield f"the server of {settings.cloud.model}", _server_advice(settings)
     models = [settings.edge.model] if settings.engine == "vllm" else []
     models += [settings.cloud.model] if settings.cloud.engine == "vllm" else []
     if models:
         memory = 1.2 * sum(sizes.get(model, 0) for model in models)  # weights, and room to work
         yield f"vLLM, with about {memory:.0f} GB of GPU memory", _gpu_advice(memory)
+
+
+def _server_advice(settings: Settings) -> str:
+    from foggen.engines import EngineError
+    from foggen.evaluation import cloud_engine
+
+    try:
+        cloud_engine(settings).close()  # asks nothing: looks at address and key
+    except (EngineError, TypeError) as error:  # TypeError: options of another engine
+        return str(error)
+    return ""
 
 
 def _gpu_advice(memory: float) -> str:
