@@ -101,8 +101,10 @@ def test_overrides(text: str, name: str, value: Any) -> None:
     [
         ({"learning_rate": 1}, ["'learning_rate' is not a parameter; expected: sft.learning_rate"]),
         ({"model": "x"}, ["expected: edge.model or cloud.model or open_ended.r15_model"]),
-        ({"sft.learning_rat": 1}, ["expected: sft.learning_rate"]),
-        ({"epochs": 1}, ["expected: sft.num_train_epochs"]),
+        (
+            {"sft.learning_rat": 1, "epochs": 1},
+            ["expected: sft.learning_rate\n", "'epochs' is", "expected: sft.num_train_epochs"],
+        ),
         ({"nonsense": 1}, ["expected: name or seed or", "automix.k"]),
         ({"lora": {}}, ["expected: lora.r or lora.lora_alpha"]),
         ({"rounds": "many"}, ["rounds", "valid integer", "'many'"]),

@@ -6,12 +6,12 @@ differs. Knows nothing of what the parameters do.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import operator
 import re
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -304,17 +304,18 @@ def parameters(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def override(settings: Settings, overrides: Mapping[str, object]) -> Settings:
     """The same settings with some parameters changed, by dotted name. Raises SettingsError."""
-    values = settings.model_dump()
+    values, problems = settings.model_dump(), []
     names = list(parameters(values))
     for name, value in overrides.items():
-        if name not in names:
-            close = [full for full in names if name in full] or difflib.get_close_matches(
-                name, names
-            )
+        if name in names:
+            *groups, last = name.split(".")
+            functools.reduce(operator.getitem, groups, values)[last] = value
+        else:
+            close = [full for full in names if name in full] or get_close_matches(name, names)
             expected = " or ".join(close or names)
-            raise SettingsError(f"{name!r} is not a parameter; expected: {expected}")
-        *groups, last = name.split(".")
-        functools.reduce(operator.getitem, groups, values)[last] = value
+            problems.append(f"{name!r} is not a parameter; expected: {expected}")
+    if problems:
+        raise SettingsError("\n".join(problems))
     return _validated(values)
 
 

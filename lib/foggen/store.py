@@ -190,7 +190,7 @@ class Run:
     def __init__(self, folder: str | Path, settings: Settings | None = None) -> None:
         self.folder = run_folder(folder)
         self.stages = self.folder / "stages"
-        self.settings = cast("Settings", settings)
+        self.settings = cast("Settings", settings)  # None only where nothing reads them
         self._lock = FileLock(self.folder / ".lock")
         expected = "expected: a new or empty folder, or that of an earlier run (RUN=...)"
         try:
