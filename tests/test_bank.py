@@ -9,10 +9,17 @@ import make_bank as bank
 import pytest
 from make_bank import Fact
 
-from foggen import data
+from foggen.chain import calibration_questions
 from foggen.config import load_profile
-from foggen.questions import DOMAINS, LETTERS, OpenQuestion, Question, load_questions
-from foggen.rounds import calibration_questions
+from foggen.prompts import LETTERS
+from foggen.questions import (
+    DOMAINS,
+    OpenQuestion,
+    Question,
+    load_questions,
+    open_splits,
+    splits,
+)
 from foggen.store import ROOT
 
 QUESTIONS = ROOT / load_profile("pocket").data.bank
@@ -30,7 +37,7 @@ def questions() -> dict[str, list[Question]]:
 
 @pytest.fixture(scope="module")
 def open_ended() -> dict[str, list[OpenQuestion]]:
-    return data.open_splits(load_profile("pocket"))
+    return open_splits(load_profile("pocket"))
 
 
 def test_the_committed_files_are_what_the_maker_writes(tmp_path: Path) -> None:
@@ -79,7 +86,7 @@ def test_no_question_text_and_answer_is_in_two_splits(questions: dict[str, list[
 
 def test_test_facts_are_in_no_training_set(questions: dict[str, list[Question]]) -> None:
     settings = load_profile("pocket")
-    parts = data.splits(settings)
+    parts = splits(settings)
     held_out = {question.fact for question in questions["test"]}
     assert {question.fact for question in parts["test"]} == held_out
     assert not held_out & {question.fact for question in parts["train"]}

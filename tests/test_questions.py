@@ -1,58 +1,144 @@
-"""Questions: loaders that tell every mistake at once, sampling, splits, leakage."""
+"""Questions: what is read from files and the hub, what is refused, draws, splits without leaks."""
 
 from __future__ import annotations
 
+import csv
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import httpx2
 import pytest
+import yaml
+from pydantic import ValidationError
 from tiny import make_questions
 
+from foggen import sources
+from foggen.config import Columns, Settings, Source, load_profile, override
+from foggen.inputs import HubError
 from foggen.questions import (
     DOMAINS,
+    OpenQuestion,
+    Question,
     QuestionError,
     by_domain,
-    describe,
     draw,
     draw_balanced,
     load_open_questions,
     load_questions,
-    near_duplicates,
+    load_source,
+    normalised,
+    open_splits,
+    r15_asked,
     split_by_fact,
+    splits,
     subset,
 )
 from foggen.store import ROOT
 
 SHARED = ROOT.parent / "shared" / "data"
 GOOD = {"id": "q1", "domain": "law", "question": "Why?", "options": ["a", "b"], "answer": "B"}
+SPLITS = ("train", "dev", "test")
 
 
 def jsonl(path: Path, *rows: object) -> Path:
-    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    """Writes rows as they are, or as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines), encoding="utf-8")
     return path
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no external question sets beside this checkout ({SHARED.name})")
+def table(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Writes rows in the format of the file's ending."""
+    if path.suffix == ".jsonl":
+        return jsonl(path, *rows)
+    if path.suffix == ".parquet":
+        from datasets import Dataset
+
+        Dataset.from_list(rows).to_parquet(path)
+        return path
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def problems(load: Callable[[], object]) -> list[str]:
+    """The lines of the QuestionError that is raised."""
+    with pytest.raises(QuestionError) as error:
+        load()
+    return str(error.value).splitlines()
+
+
+# ---- types and checks
+
+
+@pytest.mark.skipif(
+    not SHARED.is_dir(), reason="no question sets in ../shared beside this checkout"
+)
 def test_external_question_sets_load():
     questions = load_questions(SHARED)
     assert len(questions) == 1317 and {question.domain for question in questions} == set(DOMAINS)
-    assert set(map(len, (question.options for question in questions))) == {2, 3, 4, 5}
-    assert Counter(question.task for question in load_open_questions(SHARED)) == dict.fromkeys(
-        ("gsm8k", "squad", "truthfulqa"), 200
-    )
+    tasks = Counter(question.task for question in load_open_questions(SHARED))
+    assert tasks == dict.fromkeys(("gsm8k", "squad", "truthfulqa"), 200)
 
 
-def test_unknown_fields_are_ignored_and_known_ones_kept(tmp_path):
-    (question,) = load_questions(jsonl(tmp_path / "q.jsonl", {**GOOD, "source": "x", "fact": "f", "lang": "kk"}, ""))
-    assert (question.fact, question.lang, question.unit, question.options) == ("f", "kk", "f", ("a", "b"))
+@pytest.mark.parametrize(
+    ("text", "other"),
+    [("4", "4 "), ("5", "5\u00a0"), ("é", "e\u0301"), ("a b", " A \n B\u3000"), ("x", "x\u200b")],
+)
+def test_texts_are_compared_normalised(text, other):
+    assert normalised(text) == normalised(other) and normalised(text) != normalised("y")
+    if text != "a b":
+        with pytest.raises(ValidationError, match="two are the same"):
+            Question(**{**GOOD, "options": (text, other, "z")})
+
+
+def test_options_may_differ_in_case_alone():
+    genotypes = Question(**{**GOOD, "options": ("RR", "Rr", "rr")})
+    assert genotypes.options == ("RR", "Rr", "rr")
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_numbers_are_names_in_all_formats(ending, tmp_path):
+    facts = {"jsonl": [12, 0, 3.0, "x", "", " ", None], "csv": [12, 0, 3, "x", "", " ", None]}
+    rows = [
+        {"id": number, "domain": 7, "question": f"Why {number}?", "A": 1.5, "B": 2, "answer": "B",
+         "fact": fact if ending != "parquet" or fact is None else str(fact)}
+        for number, fact in enumerate(facts.get(ending, facts["csv"]))
+    ]  # fmt: skip
+    questions = load_questions(table(tmp_path / f"q.{ending}", rows))
+    assert [q.fact for q in questions] == ["12", "0", "3", "x", None, None, None]
+    assert [q.fact_key for q in questions] == ["12", "0", "3", "x", "4", "5", "6"]
+    assert {(q.domain, q.options) for q in questions} == {("7", ("1.5", "2"))}
+
+
+def test_a_column_of_numbers_with_gaps_names_facts_too(tmp_path):
+    """Pandas makes 12 a 12.0 beside a missing value, and the missing value NaN."""
+    import pandas as pd
+
+    rows = [{**GOOD, "id": f"q{fact}", "fact": fact} for fact in (12, 0, None)]
+    pd.DataFrame(rows).to_parquet(tmp_path / "q.parquet")
+    assert [q.fact for q in load_questions(tmp_path / "q.parquet")] == ["12", "0", None]
+
+
+def test_what_is_sampled_is_the_fact_or_the_passage_or_the_question():
+    first, second = (Question(**{**GOOD, "id": name, "context": "Ann  came."}) for name in "ab")
+    assert first.fact_key == second.fact_key != Question(**GOOD, context="Bob came.").fact_key
+    assert Question(**GOOD, context="Ann came.", fact="f").fact_key == "f"
+    assert Question(**GOOD).fact_key == "q1"
+    gsm = OpenQuestion(id="g", task="gsm8k", question="1+1?", answers=("2",))
+    assert gsm.fact_key == "g"
 
 
 def test_all_bad_rows_are_told_together(tmp_path):
     jsonl(
         tmp_path / "one.jsonl",
         GOOD,
-        "{not json",
         {**GOOD, "id": "q2", "answer": "C"},
         {**GOOD, "id": "q3", "options": ["a"]},
         {**GOOD, "id": "q4", "options": ["a", "a"]},
@@ -61,63 +147,282 @@ def test_all_bad_rows_are_told_together(tmp_path):
         {**GOOD, "id": "q7", "options": ["1", ["2"]]},
         {**GOOD, "id": "q8", "answer": "both"},
         {**GOOD, "id": "q9", "domain": ""},
-        '"a text"',
-        {**GOOD, "id": ["q12"]},
+        {**GOOD, "id": ["q10"]},
+        {**GOOD, "id": "q11", "domain": "Mean"},
+        {**GOOD, "id": "q12", "fact": {"a": 1}},
+        {**GOOD, "id": "q13", "context": ["a", "b"]},
+        {**GOOD, "id": "q14", "question": " "},
     )
     jsonl(tmp_path / "two.jsonl", GOOD)
+    head, *lines = problems(lambda: load_questions(tmp_path))
+    fields = ["answer", "options", "options", "options", "question", "options", "answer", "domain"]
+    fields += ["id", "domain", "fact", "context", "question"]
+    assert head.startswith("14 problem(s), nothing was loaded")
+    for number, (field, line) in enumerate(zip(fields, lines, strict=False), 2):
+        assert (
+            line.startswith(f"one.jsonl, line {number}: field `{field}`") and "expected: " in line
+        )
+    assert lines[-1].startswith("two.jsonl, line 1: field `id`: 'q1' again") and len(lines) == 14
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("q.csv", "question,A,B,answer,domain\nWhich, if any?,a,b,B,law\n", "q.csv, row 1"),
+        ("q.csv", "question,A,B,answer,domain\nWhich?,a,b,B,law,\n", "q.csv, row 1"),
+        ("q.csv", "question,A,B,answer,domain\nWhich?,a,b\n", "q.csv, row 1"),
+        ("q.csv", "question,A,A,answer,domain\nWhich?,a,b,B,law\n", "twice"),
+        ("q.jsonl", "{not json", "q.jsonl, line 1"),
+        ("q.jsonl", '"a text"', "q.jsonl, line 1"),
+        ("q.jsonl", "", "no rows"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_told_with_its_place(name, text, told, tmp_path):
+    (tmp_path / name).write_text(text)
     (tmp_path / "wrong.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(QuestionError) as error:
-        load_questions(tmp_path)
-    lines = str(error.value).splitlines()
-    for number, field in [(3, "answer"), (4, "options"), (5, "options"), (6, "options"), (7, "question"),
-                          (8, "options"), (9, "answer"), (10, "domain"), (12, "id")]:  # fmt: skip
-        assert any(f"one.jsonl, line {number}: field `{field}`" in line and "expected:" in line for line in lines)
-    assert any("one.jsonl, line 2: not JSON" in line for line in lines)
-    assert any("one.jsonl, line 11: field `row`" in line for line in lines)
-    assert any("two.jsonl, line 1: field `id`: 'q1' stands in one.jsonl, line 1 already" in line for line in lines)
-    assert any("wrong.jsonl: not UTF-8" in line for line in lines)
-    assert len(lines) == 14, str(error.value)
-    assert lines[0].startswith("13 problem(s), nothing was loaded")
+    lines = problems(lambda: load_questions(tmp_path if text else tmp_path / name))
+    assert any(told in line for line in lines)
+    assert any("wrong.jsonl" in line for line in lines) == bool(text), "all files are told"
 
 
 def test_no_questions_at_all(tmp_path):
-    with pytest.raises(QuestionError, match="no such file"):
-        load_questions(tmp_path / "nowhere")
-    with pytest.raises(QuestionError, match="no rows"):
-        load_questions(jsonl(tmp_path / "empty.jsonl"))
     jsonl(tmp_path / "squad.jsonl", {"id": "s"})
-    (tmp_path / "empty.jsonl").unlink()
-    with pytest.raises(QuestionError, match="of this kind"):
-        load_questions(tmp_path)
+    for path in (tmp_path / "nowhere", tmp_path):
+        assert "no such file, or no .jsonl" in problems(lambda path=path: load_questions(path))[1]
 
 
 def test_26_options_and_a_byte_order_mark(tmp_path):
     many = {**GOOD, "options": [str(number) for number in range(26)], "answer": "Z"}
-    (tmp_path / "q.jsonl").write_text("\ufeff" + json.dumps(many), encoding="utf-8")
-    assert load_questions(tmp_path / "q.jsonl")[0].answer == "Z"
-    with pytest.raises(QuestionError, match="at most 26"):
-        load_questions(jsonl(tmp_path / "r.jsonl", {**many, "options": [*many["options"], "more"]}))
+    file = jsonl(tmp_path / "q.jsonl", "\ufeff" + json.dumps(many))
+    assert load_questions(file)[0].answer == "Z"
+    jsonl(file, {**many, "options": [*many["options"], "more"]})
+    assert "at most 26" in problems(lambda: load_questions(file))[1]
 
 
-def test_open_questions_take_the_data_sets_own_names(tmp_path):
-    jsonl(tmp_path / "squad.jsonl", {"id": "s", "question": "Who?", "context": "Ann.", "answers": ["Ann"]})
-    jsonl(
-        tmp_path / "truthfulqa.jsonl",
-        {
-            "id": "t",
-            "question": "?",
-            "best_answer": "b",
-            "correct_answers": ["a", "b"],
-            "incorrect_answers": ["c"],
-        },
+def test_missing_and_the_text_none_are_two_things(tmp_path):
+    rows = [
+        {"question": "q0?", "options": ["None", "b", "c"], "answer": "b"},
+        {"question": "q1?", "options": ["None", "x", "c"], "answer": None},
+        {"question": "q2?", "options": ["m", "x", "c"], "answer": "c"},
+    ]
+    lines = problems(lambda: load_questions(jsonl(tmp_path / "q.jsonl", *rows), domain="x"))
+    assert len(lines) == 2 and lines[1].startswith("q.jsonl, line 2: field `answer`")
+    rows[1]["answer"] = "None"
+    letters = [q.answer for q in load_questions(jsonl(tmp_path / "q.jsonl", *rows), domain="x")]
+    assert letters == ["B", "A", "C"]
+
+
+# ---- shapes
+
+COLOURS, NUMBERS = ["red", "green", "blue", "white"], ["two", "three", "four", "five"]
+TEXTS = [COLOURS, NUMBERS, ["iron", "lead", "tin", "zinc"], ["Mars", "Venus", "Pluto", "Saturn"]]
+WORDS = [
+    "Which colour is grass?",
+    "How many legs has a horse?",
+    "Which metal is Fe?",
+    "Whose rings?",
+]
+GOLD = [1, 2, 0, 3]
+ROWS = list(zip(WORDS, TEXTS, GOLD, strict=True))
+L = "ABCD"
+
+
+def in_columns(names: str, options: list[str], head: str = "") -> dict[str, str]:
+    return {f"{head}{name}": text for name, text in zip(names, options, strict=True)}
+
+
+def in_every_shape(question: str, o: list[str], gold: int) -> dict[str, dict[str, Any]]:
+    asked, letter = {"question": question}, L[gold]
+    lines = "\n".join(f"{a}. {text}" for a, text in zip(L, o, strict=True))
+    turns = {
+        "system": "A. no option",
+        "user": f"{question}\n{lines}",
+        "assistant": f"Confidence: 0.5\nFinal answer: {letter}",
+    }
+    chat = [{"role": role, "content": content} for role, content in turns.items()]
+    marked = [f"{a}){text}" for a, text in zip(L, o, strict=True)]
+    words = f"It is {o[gold]}."
+    return {
+        "letters": {**asked, "options": o, "answer": letter},
+        "small letters": {**asked, "options": o, "answer": letter.lower()},
+        "letter and text": {**asked, "options": o, "answer": f"({letter}) {o[gold]}"},
+        "index from 0": {**asked, "choices": o, "answer": gold},
+        "index from 1": {**asked, "choices": o, "label": gold + 1},
+        "index as text": {"Query": question, "choices": o, "answer_idx": str(gold)},
+        "index as float": {**asked, "choices": o, "answer": float(gold)},
+        "text": {**asked, "options": o, "correct_answer": f" {o[gold]}\u00a0"},
+        "mapping": {**asked, "options": in_columns(L, o), "answer": letter},
+        "marks": {**asked, "options": marked, "correct": letter},
+        "A to D": {**asked, **in_columns(L, o), "answer": letter},
+        "a to e": {**asked, **in_columns("abcd", o), "e": None, "answer_label": letter},
+        "words": {**asked, "answer": words, **in_columns("abcd", o), "answer_label": letter},
+        "Option A": {"Question": question, **in_columns(L, o, "Option "), "Answer Key": letter},
+        "opa": {**asked, **in_columns("abcd", o, "op"), "cop": gold},
+        "choice1": {**asked, **in_columns("1234", o, "choice"), "label": gold},
+        "labels": {**asked, "choices": {"text": o, "label": list(L)}, "answerKey": letter},
+        "numbers": {**asked, "choices": {"text": o, "label": list("1234")}, "answerKey": gold + 1},
+        "chat": {"messages": chat, "confidence": 0.5},
+    }
+
+
+SHAPES = {name: [in_every_shape(*row)[name] for row in ROWS] for name in in_every_shape(*ROWS[0])}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_usual_shape_is_the_same_questions(name, tmp_path):
+    found = load_questions(jsonl(tmp_path / "set.jsonl", *SHAPES[name]), domain="things")
+    assert [(q.question, list(q.options), L.index(q.answer)) for q in found] == ROWS
+    assert [q.id for q in found] == [f"set-{number}" for number in range(len(ROWS))]
+    assert {q.domain for q in found} == {"things"}
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_csv_and_parquet_files(ending, tmp_path):
+    rows = [{**row, "Subject": "Kazakh-Culture"} for row in SHAPES["A to D"]]
+    rows.append({**rows[0], "question": 'A "quoted", broken\nline?', "D": "None"})
+    rows.append({**rows[0], "question": "Three?", "D": None})
+    found = load_questions(table(tmp_path / f"set.{ending}", rows))
+    assert [q.answer for q in found] == [*(L[gold] for gold in GOLD), "B", "B"]
+    assert found[-2].question.endswith("broken\nline?") and found[-2].options[-1] == "None"
+    assert len(found[-1].options) == 3 and {q.domain for q in found} == {"kazakh_culture"}
+
+
+def test_domains_keep_their_signs(tmp_path):
+    names = ["C++", "C#", "Kazakh  culture", "R&D"]
+    rows = [{**GOOD, "id": name, "domain": name} for name in names]
+    found = load_questions(jsonl(tmp_path / "q.jsonl", *rows))
+    assert [q.domain for q in found] == ["c++", "c#", "kazakh_culture", "r&d"]
+
+
+@pytest.mark.parametrize("column", ["context", "Passage", "article", "premise"])
+def test_a_passage_is_kept(column, tmp_path):
+    rows = [{column: f"Story {place}.", **row} for place, row in enumerate(SHAPES["index from 0"])]
+    found = load_questions(jsonl(tmp_path / "q.jsonl", *rows), domain="x")
+    assert [q.context for q in found] == [f"Story {place}." for place in range(4)]
+    named = [{"text": row.pop(column), **row} for row in rows]
+    file = jsonl(tmp_path / "q.jsonl", *named)
+    found = load_questions(file, Columns(context="text"), domain="x")
+    assert found[3].context == "Story 3." and not load_questions(file, domain="x")[3].context
+
+
+def test_a_question_that_cannot_stand_alone_is_not_guessed(tmp_path):
+    copa = {"premise": "The man fell.", "choice1": "He slipped.", "choice2": "He ate."}
+    rows = [
+        {**copa, "question": word, "label": place} for place, word in enumerate(("cause", "effect"))
+    ]
+    file = jsonl(tmp_path / "copa.jsonl", *rows)
+    assert "one word cannot stand alone" in problems(lambda: load_questions(file, domain="x"))[0]
+    named = load_questions(file, Columns(question="question"), domain="x")
+    assert [(q.context, q.question, q.answer) for q in named][1] == ("The man fell.", "effect", "B")
+
+
+def test_initials_are_no_marks(tmp_path):
+    names = ["A. Smith", "B. Jones"]
+    rows = [
+        {"question": "Who?", "options": names, "answer": "B"},
+        {"question": "What?", "options": ["(A) and more", "(B) alone"], "answer": "A"},
+        {"question": "Which?", "options": ["(A) only", "none"], "answer": "A"},
+    ]
+    found = load_questions(jsonl(tmp_path / "q.jsonl", *rows), domain="x")
+    assert [q.options for q in found] == [tuple(names), ("and more", "alone"), ("(A) only", "none")]
+
+
+def test_named_columns_stand_over_recognised_ones(tmp_path):
+    rows = [{"question": "?", "text": q, "opts": o, "answer": 0, "right": g} for q, o, g in ROWS]
+    rows = [{**row, "topic": "Law", "no": place, "about": 5} for place, row in enumerate(rows)]
+    given = Columns(
+        question="text", options="opts", answer="right", domain="topic", id="no", fact="about"
     )
-    jsonl(tmp_path / "gsm8k.jsonl", {"id": "g", "question": "1+1?", "answer": "2", "solution": "1+1=2"})
-    gsm, squad, truth = load_open_questions(tmp_path)
-    assert (gsm.task, gsm.answers, gsm.solution) == ("gsm8k", ("2",), "1+1=2")
-    assert (squad.task, squad.answers, squad.context) == ("squad", ("Ann",), "Ann.")
-    assert (truth.task, truth.answers, truth.incorrect) == ("truthfulqa", ("b", "a"), ("c",))
-    with pytest.raises(QuestionError, match="line 1: field `answers`"):
-        load_open_questions(jsonl(tmp_path / "squad.jsonl", {"id": "s", "question": "Who?", "answers": []}))
+    found = load_questions(jsonl(tmp_path / "q.jsonl", *rows), given)
+    assert [(q.question, q.answer, q.id) for q in found] == [
+        (q, L[g], str(place)) for place, (q, _, g) in enumerate(ROWS)
+    ]
+    assert {(q.domain, q.fact) for q in found} == {("law", "5")}
+    apart = [{"q": q, "w": o[0], "x": o[1], "y": o[2], "z": o[3], "k": g} for q, o, g in ROWS]
+    given = Columns(question="q", options=["w", "x", "y", "z"], answer="k")
+    found = load_questions(jsonl(tmp_path / "q.jsonl", *apart), given, "x")
+    assert [(list(q.options), q.answer) for q in found] == [(o, L[g]) for _, o, g in ROWS]
+    for wrong in ({"fact": "topc"}, {"options": ["w", "v"]}, {"answer": "nothing"}):
+        lines = problems(
+            lambda wrong=wrong: load_questions(tmp_path / "q.jsonl", Columns(**wrong), "x")
+        )
+        assert next(iter(wrong)) in lines[0]
+
+
+def test_untold_columns_stop_with_the_lines_to_write(tmp_path):
+    rows = [{"frage": q, "wahl": o, "richtig": g} for q, o, g in ROWS]
+    file = jsonl(tmp_path / "set.jsonl", *rows)
+    lines = problems(lambda: load_questions(file, domain="things"))
+    assert lines[0].endswith("cannot tell which column holds: question, options, answer")
+    assert "set.jsonl" in lines[0] and "frage: 'Which colour is grass?'" in lines[1]
+    written = yaml.safe_load("\n".join(lines[lines.index("    columns:") :]))["columns"]
+    assert list(written) == list(Columns.model_fields)
+    named = {"question": "frage", "options": "wahl", "answer": "richtig", "answer_is": "index0"}
+    found = load_questions(file, Columns(**named), "things")
+    assert [L.index(q.answer) for q in found] == GOLD
+
+
+def test_answers_that_can_be_read_in_two_ways_stop(tmp_path):
+    file = tmp_path / "q.jsonl"
+    jsonl(file, *({"question": q, "choices": o, "answer": 1 + g % 2} for q, o, g in ROWS))
+    assert "how to read the answers" in problems(lambda: load_questions(file, domain="x"))[0]
+    for how, letters in (("index0", "CBBC"), ("index1", "BAAB")):
+        found = load_questions(file, Columns(answer_is=how), "x")
+        assert "".join(q.answer for q in found) == letters
+    jsonl(file, {"question": "2?", "options": ["1", "2", "3", "4"], "answer": "2"})
+    assert "how to read the answers" in problems(lambda: load_questions(file, domain="x"))[0]
+    jsonl(file, *SHAPES["index from 0"] * 3, {"question": "?", "choices": ["a", "b"], "answer": -1})
+    (line,) = problems(lambda: load_questions(file, domain="x"))[1:]
+    assert "line 13: field `answer`: '-1 (read as index0)'" in line
+
+
+def test_the_options_of_a_chat_are_the_last_list(tmp_path):
+    user = "I. yes\nII. no\nA. Who asks?\n\nWhich?\nA. I only\nB. II only\n\nAnswer with a letter."
+    chat = [{"role": "user", "content": user}, {"role": "assistant", "content": "B"}]
+    file = jsonl(tmp_path / "q.jsonl", {"talk": chat}, {"talk": [], "id": "empty"})
+    lines = problems(lambda: load_questions(file, Columns(messages="talk"), "x"))
+    assert all("line 2" in line for line in lines[1:]) and len(lines) > 1
+    file.write_text(json.dumps({"talk": chat}))
+    (question,) = load_questions(file, Columns(messages="talk"), "x")
+    assert question.options == ("I only", "II only") and question.answer == "B"
+    assert question.question == "I. yes\nII. no\nA. Who asks?\n\nWhich?"
+
+
+# ---- open-ended files
+
+
+def test_open_questions_take_the_data_sets_own_fields(tmp_path):
+    squad = {
+        "title": "T",
+        "question": "Who?",
+        "context": "Ann.",
+        "answers": {"text": ["Ann", "Ann"]},
+    }
+    jsonl(tmp_path / "squad.jsonl", squad, {**squad, "id": 5, "fact": 7, "answers": ["Ann"]})
+    truth = {
+        "question": "?",
+        "best_answer": "b",
+        "correct_answers": ["a", "b", ""],
+        "incorrect_answers": ["c"],
+    }
+    jsonl(tmp_path / "truthfulqa.jsonl", truth, {**truth, "answers": ["x"], "id": None})
+    gsm = {"question": "1+1?", "answer": "1+1=2\n#### 2"}
+    jsonl(tmp_path / "gsm8k.jsonl", gsm, {**gsm, "answer": 2, "solution": "1+1=2"})
+    found = load_open_questions(tmp_path)
+    assert [(q.id, q.task, q.answers) for q in found] == [
+        ("gsm8k-0", "gsm8k", ("2",)), ("gsm8k-1", "gsm8k", ("2",)), ("squad-0", "squad", ("Ann",)),
+        ("5", "squad", ("Ann",)), ("truthfulqa-0", "truthfulqa", ("b", "a")),
+        ("truthfulqa-1", "truthfulqa", ("x",)),
+    ]  # fmt: skip
+    assert [q.solution for q in found[:2]] == ["1+1=2", "1+1=2"] and found[4].incorrect == ("c",)
+    assert [q.fact for q in found[2:4]] == ["T", "7"]
+    jsonl(tmp_path / "squad.jsonl", {"question": "Who?", "answers": []})
+    assert (
+        "squad.jsonl, line 1: field `answers`" in problems(lambda: load_open_questions(tmp_path))[1]
+    )
+
+
+# ---- drawing
 
 
 def test_draw_repeats_and_takes_used_questions_last(questions):
@@ -137,28 +442,237 @@ def test_balanced_draws(questions):
 
 def test_splits_keep_facts_together_and_shares_by_domain():
     questions = make_questions(40)
-    parts = split_by_fact(questions, {"train": 0.6, "dev": 0.1, "test": 0.3}, seed=0)
-    units = {name: {question.unit for question in part} for name, part in parts.items()}
-    assert not units["train"] & units["test"] and not units["train"] & units["dev"]
-    assert sum(map(len, parts.values())) == len(questions)
+    shares = {"train": 0.6, "dev": 0.1, "test": 0.3}
+    parts = split_by_fact(questions, shares, seed=0)
+    assert_apart(parts)
     for part, size in (("train", 24), ("dev", 4), ("test", 12)):
         assert set(Counter(question.domain for question in parts[part]).values()) == {size}
-    assert parts == split_by_fact(questions, {"train": 0.6, "dev": 0.1, "test": 0.3}, seed=0)
-    assert parts != split_by_fact(questions, {"train": 0.6, "dev": 0.1, "test": 0.3}, seed=1)
+    assert parts == split_by_fact(questions, shares, seed=0) != split_by_fact(questions, shares, 1)
 
 
-def test_describe_states_chance_and_gold_letters(questions):
-    rows = {row["domain"]: row for row in describe(questions)}
-    law = by_domain(questions)["law"]
-    assert rows["law"]["n"] == 6 and rows["law"]["facts"] == 3
-    assert rows["law"]["chance"] == pytest.approx(sum(1 / len(q.options) for q in law) / 6)
-    assert sum(value for key, value in rows["law"].items() if key.startswith("gold")) == pytest.approx(1)
+# ---- the splits of a run
 
 
-def test_near_duplicates_see_through_shuffled_options():
-    one, *rest = make_questions(3, ("law",))
-    twin = one.model_copy(update={"id": "twin", "options": one.options[::-1], "question": one.question.upper()})
-    assert [(pair.first, pair.second, pair.similarity) for pair in near_duplicates([one], [*rest, twin], 0.99)] == [
-        (one.id, "twin", 1.0)
+def assert_apart(parts: dict[str, list[Question]]) -> None:
+    facts = {split: {question.fact_key for question in parts[split]} for split in SPLITS}
+    assert not facts["train"] & facts["test"] and not facts["train"] & facts["dev"]
+    assert not facts["dev"] & facts["test"]
+
+
+def write(path: Path, questions: list[Question]) -> str:
+    jsonl(
+        path, *(question.model_dump(exclude={"split"}, exclude_none=True) for question in questions)
+    )
+    return str(path)
+
+
+def with_sources(*given: dict[str, Any]) -> Settings:
+    return override(load_profile("pocket"), {"data.sources": list(given)})
+
+
+def sizes(parts: dict[str, list[Question]]) -> list[int]:
+    return [len(parts[split]) for split in SPLITS]
+
+
+def test_a_file_is_divided_by_facts(tmp_path):
+    settings = with_sources({"path": write(tmp_path / "all.jsonl", make_questions(40))})
+    parts = splits(settings)
+    assert sizes(parts) == [24 * 7, 4 * 7, 12 * 7]
+    assert_apart(parts)
+    assert parts == splits(override(settings, {"seed": 5})), "whatever the run's seed"
+    few = splits(with_sources({"path": settings.data.sources[0].path, "rows": 10}))
+    assert sum(sizes(few)) == 10
+    rows = [
+        {**GOOD, "id": f"{fact}-{n}", "question": f"{fact}, {n}?", "fact": fact}
+        for fact in range(30)
+        for n in range(4)
     ]
-    assert near_duplicates([one], [], 0.5) == [] and len(near_duplicates([one], rest, 0.1)) == 2
+    assert_apart(splits(with_sources({"path": str(jsonl(tmp_path / "numbers.jsonl", *rows))})))
+
+
+def test_a_folder_with_splits_keeps_them(tmp_path):
+    questions = [q.model_copy(update={"fact": None}) for q in make_questions(20, ("law",))]
+    for name, group in (
+        ("train", questions[:14]),
+        ("validation", questions[14:16]),
+        ("test", questions[16:]),
+    ):
+        write(tmp_path / "set" / f"{name}.jsonl", group)
+    settings = with_sources({"path": str(tmp_path / "set")})
+    assert splits(settings) == {
+        "train": questions[:14],
+        "dev": questions[14:16],
+        "test": questions[16:],
+    }
+    (tmp_path / "set" / "validation.jsonl").unlink()
+    assert sizes(splits(settings)) == [13, 1, 4], "dev is cut from train"
+
+
+def test_a_test_question_in_training_is_left_out_of_it(tmp_path, capsys):
+    """The same question in other letters and spaces, with shuffled options; and a shared fact."""
+    one, two, three, four = (make_questions(7, ("law",))[index] for index in (0, 2, 4, 6))
+    one = one.model_copy(update={"question": "Café or cafe?"})
+    twin = {
+        "id": "twin",
+        "fact": None,
+        "question": " CAFE\u0301\u00a0or cafe?",
+        "options": one.options[::-1],
+    }
+    fact = two.model_copy(update={"id": "fact", "question": "In other words?"})
+    files = {"train": [one.model_copy(update=twin), fact, three], "test": [one, two], "dev": [four]}
+    settings = with_sources(
+        *(
+            {"path": write(tmp_path / f"{use}-file.jsonl", group), "use": use}
+            for use, group in files.items()
+        )
+    )
+    assert splits(settings) == {"train": [three], "dev": [four], "test": [one, two]}
+    assert "2 questions left out of train" in capsys.readouterr().err
+    mine = override(settings, {"data.questions": write(tmp_path / "d.jsonl", [three])})
+    assert [q.id for q in splits(mine)["train"]] == ["twin", "fact"], (
+        "a reader's own test set is held out too"
+    )
+
+
+def test_a_bank_is_a_folder_with_a_file_per_split(tmp_path):
+    settings = load_profile("pocket")
+    bank = ROOT / settings.data.bank
+    assert splits(settings) == {split: load_questions(bank / f"{split}.jsonl") for split in SPLITS}
+    settings = override(settings, {"data.bank": str(tmp_path)})
+    for load, name in ((splits, "train.jsonl"), (open_splits, "open_ended/train.jsonl")):
+        assert f"{name}: no such file" in problems(lambda load=load: load(settings))[1]
+
+
+def test_ids_are_unique_over_sources(tmp_path):
+    file = write(tmp_path / "a.jsonl", make_questions(4, ("law",)))
+    twice = with_sources({"path": file, "use": "train"}, {"path": file, "use": "test"})
+    assert "'law-0' is the id of two questions" in problems(lambda: splits(twice))[1]
+
+
+@pytest.mark.skipif(
+    not SHARED.is_dir(), reason="no question sets in ../shared beside this checkout"
+)
+def test_external_question_sets_are_a_source():
+    parts = splits(with_sources({"path": str(SHARED)}))
+    assert 1300 < sum(sizes(parts)) <= 1317
+    assert all({question.domain for question in parts[split]} == set(DOMAINS) for split in SPLITS)
+    assert_apart(parts)
+
+
+# ---- the hub: a folder stands for the snapshot that it gives
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Data set `name` lies in `hub / name`; what was asked is in `hub / asked.jsonl`."""
+
+    def snapshot(path: str, repo_type: str, revision: str | None, allow_patterns: list[str]) -> str:
+        assert repo_type == "dataset" and "*.parquet" in allow_patterns
+        with (tmp_path / "asked.jsonl").open("a") as asked:
+            asked.write(json.dumps([path, revision]) + "\n")
+        return str(tmp_path / path.split("/")[-1])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path
+
+
+def numbers(first: int, last: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "question": f"Number {n}?",
+            "choices": [str(n + more) for more in range(4)],
+            "answer": n % 4,
+        }
+        for n in range(first, last)
+    ]
+
+
+def test_hub_sets_by_their_splits(hub, capsys):
+    broken = {"question": "Twice?", "choices": ["a", "a", "b", "c"], "answer": 0}
+    jsonl(hub / "set" / "train.jsonl", *numbers(0, 30), broken)
+    jsonl(hub / "set" / "test.jsonl", *numbers(30, 40))
+    entry = {"path": "some/set", "revision": "abc", "domain": "math"}
+    parts = splits(with_sources(entry))
+    assert (hub / "asked.jsonl").read_text() == '["some/set", "abc"]\n'
+    assert sizes(parts) == [27, 3, 10] and {q.domain for q in parts["train"]} == {"math"}
+    assert [q.answer for q in parts["test"]] == ["ABCD"[n % 4] for n in range(30, 40)]
+    assert parts["test"][0].id == "set/test-0"
+    told = capsys.readouterr().err
+    assert "1 rows of some/set are left out: set/train, row 30: field `options`" in told
+    divided = splits(with_sources({**entry, "split": "train", "use": "divide", "rows": 20}))
+    assert sum(sizes(divided)) in (19, 20)
+    jsonl(
+        hub / "set" / "test.jsonl",
+        *({**row, "answer": -1} for row in numbers(0, 5)),
+        *numbers(5, 40),
+    )
+    lines = problems(lambda: load_source(Source(**entry, split="test")))
+    assert lines[0].startswith("5 problem(s)") and "set/test, row 4: field `answer`" in lines[5]
+
+
+@pytest.mark.parametrize("domain", [None, "Words"])
+def test_a_hub_set_with_a_configuration_per_domain(domain, hub):
+    configs = []
+    for place, name in enumerate(("Law", "C++")):
+        jsonl(hub / "set" / name / "all.jsonl", *numbers(40 * place, 40 * place + 40))
+        files = [{"split": "test", "path": f"{name}/*"}]
+        configs.append({"config_name": name, "data_files": files})
+    (hub / "set" / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
+    questions = load_source(Source(path="some/set", domain=domain))["test"]
+    counts = Counter(question.domain for question in questions)
+    assert counts == ({"law": 40, "c++": 40} if domain is None else {"words": 80})
+    assert len({question.id for question in questions}) == 80
+    assert len(load_source(Source(path="some/set", name="Law", domain="law"))["test"]) == 40
+    assert "Available" in problems(lambda: load_source(Source(path="some/set", name="Art")))[0]
+    (hub / "set").rename(hub / "other")
+    jsonl(
+        hub / "other" / "Law" / "all.jsonl", *({**row, "domain": "Art"} for row in numbers(0, 40))
+    )
+    domains = {q.domain for q in load_source(Source(path="some/other"))["test"]}
+    assert domains == {"art", "c++"}, "a column `domain` says more than the configuration"
+
+
+def test_what_the_hub_says_is_told(monkeypatch):
+    from huggingface_hub.errors import HfHubHTTPError
+
+    def busy(*_: Any, **__: Any) -> str:
+        response = httpx2.Response(429, request=httpx2.Request("GET", "https://huggingface.co/x"))
+        raise HfHubHTTPError("429 Too Many Requests", response=response)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", busy)
+    with pytest.raises(HubError, match=r"some/set.*429"):
+        load_source(Source(path="some/set"))
+
+
+def test_open_ended_sets_of_the_hub(hub):
+    read = {"context": "Ann.", "answers": {"text": ["Ann"]}}
+    squad = [{"title": f"T{n % 2}", "question": f"Who {n}?", **read} for n in range(30)]
+    wrong = {"correct_answers": ["a"], "incorrect_answers": ["c"]}
+    truth = [{"question": f"? {n}", "best_answer": "b", **wrong} for n in range(30)]
+    gsm = [{"question": f"{n}?", "answer": f"so\n#### {n}"} for n in range(30)]
+    for name, config, rows, names in (
+        ("squad", "plain", squad, ("train", "validation")),
+        ("truthful_qa", "generation", truth, ("validation",)),
+        ("gsm8k", "main", gsm, ("train", "test")),
+    ):
+        files = [{"split": split, "path": f"{split}.jsonl"} for split in names]
+        card = yaml.safe_dump({"configs": [{"config_name": config, "data_files": files}]})
+        for split in names:
+            jsonl(hub / name / f"{split}.jsonl", *rows)
+        (hub / name / "README.md").write_text(f"---\n{card}---\n")
+    rows = {"squad": 4, "truthfulqa": 5, "gsm8k": 6, "replay": 0}
+    given = {f"open_ended.r15.{name}": n for name, n in rows.items()}
+    settings = override(
+        load_profile("pocket"), {"data.open_ended": "hub", "open_ended.eval_questions": 20, **given}
+    )
+    parts = open_splits(settings)
+    assert parts == open_splits(override(settings, {"seed": 7})), "whatever the run's seed"
+    assert r15_asked(settings) == {"squad": 4, "truthfulqa": 5, "gsm8k": 18}
+    assert Counter(q.task for q in parts["train"]) == r15_asked(settings)
+    assert Counter(q.task for q in parts["test"]) == dict.fromkeys(rows.keys() - {"replay"}, 20)
+    truths = [{q.question for q in part if q.task == "truthfulqa"} for part in parts.values()]
+    assert not truths[0] & truths[1]
+    assert {source.revision for source in sources.OPEN_SETS.values()} == {
+        json.loads(line)[1] for line in (hub / "asked.jsonl").read_text().splitlines()
+    }

@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml
 
+from foggen.prompts import LETTERS
 from foggen.questions import DOMAINS, TASKS, OpenQuestion, Question
-from foggen.shapes import LETTERS
 from foggen.store import ROOT, write_jsonl
 
 BANK = ROOT / "data" / "bank"

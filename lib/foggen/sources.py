@@ -156,8 +156,9 @@ def check_rows(table: Table, kind: type[Kind]) -> tuple[list[Kind], list[str]]:
         try:
             question: Any = kind.model_validate(row)
         except ValidationError as error:
-            told = dict.fromkeys(_problem(problem, kind) for problem in error.errors())
-            problems += [f"{place}: {text}" for text in told]
+            # The first complaint about a field: the others follow from it.
+            told = {problem["loc"][:1]: problem for problem in reversed(error.errors())}
+            problems += [f"{place}: {_problem(problem, kind)}" for problem in told.values()]
             continue
         if question.id in questions:
             problems.append(f"{place}: field `id`: {question.id!r} again; expected: a unique text")
@@ -270,7 +271,7 @@ def _places(row: Row) -> dict[str, int]:
         places["letter"] = row["labels"].index(text)
     elif letter := re.match(r"\(?([A-Za-z])(?:[.):]|\Z)", text):
         places["letter"] = LETTERS.index(letter[1].upper())
-    if text in texts:
+    if text and text in texts:
         places["text"] = texts.index(text)
     return {how: place for how, place in places.items() if 0 <= place < len(texts)}
 
