@@ -1,4 +1,4 @@
-"""The question bank: what is written, what is computed, and that nothing leaks between the splits."""
+"""The question bank: what is written, what is computed, and no leaks between the splits."""
 
 from __future__ import annotations
 
@@ -43,18 +43,34 @@ def open_ended() -> dict[str, list[OpenQuestion]]:
 def test_the_committed_files_are_what_the_maker_writes(tmp_path: Path) -> None:
     bank.main(["--out", str(tmp_path)])
     made, committed = (
-        {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        {
+            file.relative_to(folder).as_posix(): file.read_bytes()
+            for file in folder.rglob("*")
+            if file.is_file()
+        }
         for folder in (tmp_path, QUESTIONS)
     )
-    assert set(made) == {"train.jsonl", "dev.jsonl", "test.jsonl", "open_ended/train.jsonl", "open_ended/test.jsonl"}
-    assert [name for name in made | committed if made.get(name) != committed.get(name)] == [], "run `make bank`"
+    assert set(made) == {
+        "train.jsonl",
+        "dev.jsonl",
+        "test.jsonl",
+        "open_ended/train.jsonl",
+        "open_ended/test.jsonl",
+    }
+    assert [name for name in made | committed if made.get(name) != committed.get(name)] == [], (
+        "run `make bank`"
+    )
 
 
 def test_what_is_written_is_what_is_loaded(
-    facts: list[Fact], questions: dict[str, list[Question]], open_ended: dict[str, list[OpenQuestion]]
+    facts: list[Fact],
+    questions: dict[str, list[Question]],
+    open_ended: dict[str, list[OpenQuestion]],
 ) -> None:
     assert questions == {split: bank.make_questions(facts, split) for split in bank.SPLITS}
-    assert open_ended == {split: bank.make_open_questions(bank.BANK, split) for split in bank.OPEN_QUESTIONS}
+    assert open_ended == {
+        split: bank.make_open_questions(bank.BANK, split) for split in bank.OPEN_QUESTIONS
+    }
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
@@ -64,7 +80,11 @@ def test_every_domain_has_its_facts(facts: list[Fact], domain: str) -> None:
     assert len({fact.id for fact in written}) == len(written)
     assert set(Counter(fact.difficulty for fact in written)) == {1, 2, 3}
     assert all(len(fact.rivals) >= 4 and fact.answer not in fact.rivals for fact in written)
-    assert all(fact.answer.casefold() not in fact.subject.casefold() for fact in written if len(fact.answer) > 2)
+    assert all(
+        fact.answer.casefold() not in fact.subject.casefold()
+        for fact in written
+        if len(fact.answer) > 2
+    )
 
 
 def test_kazakh_culture_is_in_two_languages(questions: dict[str, list[Question]]) -> None:
@@ -74,7 +94,11 @@ def test_kazakh_culture_is_in_two_languages(questions: dict[str, list[Question]]
 
 def test_no_fact_is_in_two_splits(questions: dict[str, list[Question]]) -> None:
     met = {split: {question.fact for question in group} for split, group in questions.items()}
-    assert not met["train"] & met["test"] and not met["train"] & met["dev"] and not met["dev"] & met["test"]
+    assert (
+        not met["train"] & met["test"]
+        and not met["train"] & met["dev"]
+        and not met["dev"] & met["test"]
+    )
 
 
 def test_no_question_text_and_answer_is_in_two_splits(questions: dict[str, list[Question]]) -> None:
@@ -90,11 +114,15 @@ def test_test_facts_are_in_no_training_set(questions: dict[str, list[Question]])
     held_out = {question.fact for question in questions["test"]}
     assert {question.fact for question in parts["test"]} == held_out
     assert not held_out & {question.fact for question in parts["train"]}
-    assert not held_out & {question.fact for question in calibration_questions(parts["train"], settings)}
+    assert not held_out & {
+        question.fact for question in calibration_questions(parts["train"], settings)
+    }
 
 
 @pytest.mark.parametrize(("split", "least"), [("train", 400), ("dev", 50), ("test", 250)])
-def test_enough_questions_a_domain(questions: dict[str, list[Question]], split: str, least: int) -> None:
+def test_enough_questions_a_domain(
+    questions: dict[str, list[Question]], split: str, least: int
+) -> None:
     counts = Counter(question.domain for question in questions[split])
     assert set(counts) == set(DOMAINS) and min(counts.values()) >= least
     assert len({question.id for question in questions[split]}) == len(questions[split])
@@ -102,24 +130,37 @@ def test_enough_questions_a_domain(questions: dict[str, list[Question]], split: 
 
 def test_gold_letters_are_balanced_among_four_options(questions: dict[str, list[Question]]) -> None:
     for domain in DOMAINS:
-        gold = Counter(q.answer for q in questions["test"] if q.domain == domain and len(q.options) == 4)
+        gold = Counter(
+            q.answer for q in questions["test"] if q.domain == domain and len(q.options) == 4
+        )
         assert max(gold.values()) / sum(gold.values()) < 0.32
     sizes = Counter(len(question.options) for question in questions["test"])
     assert sizes[4] > 0.7 * sum(sizes.values()) and sizes[3] and sizes[5]
 
 
-def test_the_right_option_is_the_facts_answer(facts: list[Fact], questions: dict[str, list[Question]]) -> None:
+def test_the_right_option_is_the_facts_answer(
+    facts: list[Fact], questions: dict[str, list[Question]]
+) -> None:
     known = {fact.id: fact for fact in facts}
     for question in questions["test"]:
         assert question.options[LETTERS.index(question.answer)] == known[str(question.fact)].answer
 
 
 def test_computed_answers_are_right(facts: list[Fact]) -> None:
-    sums = [fact for fact in facts if fact.id.startswith("math/computed") and fact.questions[0].startswith("What is")]
+    sums = [
+        fact
+        for fact in facts
+        if fact.id.startswith("math/computed") and fact.questions[0].startswith("What is")
+    ]
     snippets = [fact for fact in facts if fact.id.startswith("coding/computed")]
     assert len(sums) > 30 and len(snippets) > 100
     for fact in [*sums, *snippets]:
-        expression = fact.questions[0].removeprefix("What is ").removeprefix("What does Python print for ").rstrip(" ?")
+        expression = (
+            fact.questions[0]
+            .removeprefix("What is ")
+            .removeprefix("What does Python print for ")
+            .rstrip(" ?")
+        )
         assert str(eval(expression)) == fact.answer
 
 
@@ -151,13 +192,18 @@ def test_spans_are_in_their_passages_and_solutions_end_in_answers(
 
 
 def test_a_bad_fact_is_named(tmp_path: Path) -> None:
-    relation = "{id: r, lang: en, phrasings: ['is {s} ?'], statements: ['{s} {a}'], facts: [[a, b, 1], [c, d]]}"
+    texts = "phrasings: ['is {s} ?'], statements: ['{s} {a}']"
+    relation = f"{{id: r, lang: en, {texts}, facts: [[a, b, 1], [c, d]]}}"
     (tmp_path / "law.yaml").write_text(f"relations: [{relation}]", encoding="utf-8")
-    with pytest.raises(bank.BankError, match=r"law.yaml: r, fact 2: expected \[subject, answer, difficulty"):
+    with pytest.raises(
+        bank.BankError, match=r"law.yaml: r, fact 2: expected \[subject, answer, difficulty"
+    ):
         bank.domain_facts(tmp_path / "law.yaml")
     (tmp_path / "law.yaml").write_text("relations: [{id: r, lang: en}]", encoding="utf-8")
     with pytest.raises(bank.BankError, match="'r' has no facts, phrasings, statements"):
         bank.domain_facts(tmp_path / "law.yaml")
     (tmp_path / "law.yaml").write_text("{computed: astrology, relations: []}", encoding="utf-8")
-    with pytest.raises(bank.BankError, match=r"law.yaml: computed is 'astrology', expected one of ratios"):
+    with pytest.raises(
+        bank.BankError, match=r"law.yaml: computed is 'astrology', expected one of ratios"
+    ):
         bank.domain_facts(tmp_path / "law.yaml")

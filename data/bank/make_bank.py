@@ -1,7 +1,7 @@
-"""The question bank: written facts and computed families, turned into questions and open-ended sets by a seed.
+"""The question bank: written facts and computed families, made into question files by a seed.
 
-`make bank` writes them to `data/bank/questions`, where runs read them. A fact is what is split into train, dev and
-test; every question asks about exactly one fact. Knows nothing of prompts or models.
+`make bank` writes them to `data/bank/questions`, where runs read them. A fact is what is split
+into train, dev and test; every question asks about exactly one fact. Must not know any model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OPEN_QUESTIONS: Mapping[str, int] = {"train": 260, "test": 160}  # questions a t
 
 
 class BankError(ValueError):
-    """A bank file that cannot be used; the message names the file, the place and the expected form."""
+    """A bank file that cannot be used; the message names file, place and expected form."""
 
 
 @dataclass(frozen=True)
@@ -48,60 +48,90 @@ class Fact:
     split: str = "train"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Computed families: the right answer comes from the code, the wrong ones from slips that people make
+# ---------------------------------------------------------------------------------------------
+# Computed families: right answers come from the code, wrong ones from slips that people make
 
-Asked = tuple[str, object, Sequence[object]]  # question, answer, wrong answers
+Item = tuple[str, object, Sequence[object]]  # question, answer, wrong answers
 
 
-def _ratios(dice: random.Random) -> Asked:
-    equity, ratio = dice.choice([200, 400, 500, 600]), dice.choice([0.5, 0.75, 1.25, 1.5, 2.0])
-    if dice.random() < 0.5:
+def _ratios(rng: random.Random) -> Item:
+    equity, ratio = rng.choice([200, 400, 500, 600]), rng.choice([0.5, 0.75, 1.25, 1.5, 2.0])
+    if rng.random() < 0.5:
         debt = round(equity * ratio)
         wrong = [f"{value:.2f}" for value in (equity / debt, ratio + 0.25, ratio + 1, ratio * 2)]
-        return f"With debt of {debt} and equity of {equity}, what is the debt ratio?", f"{ratio:.2f}", wrong
-    rate, years = dice.randint(2, 9), dice.randint(2, 6)
+        return (
+            f"With debt of {debt} and equity of {equity}, what is the debt ratio?",
+            f"{ratio:.2f}",
+            wrong,
+        )
+    rate, years = rng.randint(2, 9), rng.randint(2, 6)
     interest = equity * rate * years // 100
     slips = [interest + equity, equity * rate // 100, interest * 2, interest + rate]
     return f"What simple interest do {equity} earn at {rate}% in {years} years?", interest, slips
 
 
-def _units(dice: random.Random) -> Asked:
-    if dice.random() < 0.5:
-        mass, speed_up = dice.randint(2, 12), dice.randint(2, 12)
+def _units(rng: random.Random) -> Item:
+    if rng.random() < 0.5:
+        mass, speed_up = rng.randint(2, 12), rng.randint(2, 12)
         force = mass * speed_up
         slips = [mass + speed_up, force * 2, force + 10, force + 1]
         return f"What force in N gives {mass} kg an acceleration of {speed_up} m/s2?", force, slips
-    unit, small, factor = dice.choice([("km", "m", 1000), ("m", "cm", 100), ("kg", "g", 1000), ("h", "min", 60)])
-    n = dice.randint(2, 20)
-    return f"How many {small} are {n} {unit}?", n * factor, [n * factor * 10, n * factor // 10, n + factor, n * 12]
+    unit, small, factor = rng.choice(
+        [("km", "m", 1000), ("m", "cm", 100), ("kg", "g", 1000), ("h", "min", 60)]
+    )
+    n = rng.randint(2, 20)
+    return (
+        f"How many {small} are {n} {unit}?",
+        n * factor,
+        [n * factor * 10, n * factor // 10, n + factor, n * 12],
+    )
 
 
-_SNIPPETS = ("{a} % {b}", "{a} // {b}", "len('ab' * {b})", "sum(range({b}))", "max({a}, {b}) - {b}", "{b} ** 2")
+_SNIPPETS = (
+    "{a} % {b}",
+    "{a} // {b}",
+    "len('ab' * {b})",
+    "sum(range({b}))",
+    "max({a}, {b}) - {b}",
+    "{b} ** 2",
+)
 
 
-def _snippets(dice: random.Random) -> Asked:
-    a, b = dice.randint(12, 60), dice.randint(3, 9)
-    snippet = dice.choice(_SNIPPETS).format(a=a, b=b)
-    value = eval(snippet, {"__builtins__": {}}, {"len": len, "sum": sum, "range": range, "max": max})
-    return f"What does Python print for {snippet} ?", value, [value + 1, value + 2, abs(value - 3), value + b, a]
+def _snippets(rng: random.Random) -> Item:
+    a, b = rng.randint(12, 60), rng.randint(3, 9)
+    snippet = rng.choice(_SNIPPETS).format(a=a, b=b)
+    value = eval(
+        snippet, {"__builtins__": {}}, {"len": len, "sum": sum, "range": range, "max": max}
+    )
+    return (
+        f"What does Python print for {snippet} ?",
+        value,
+        [value + 1, value + 2, abs(value - 3), value + b, a],
+    )
 
 
-def _deadlines(dice: random.Random) -> Asked:
-    if dice.random() < 0.5:
-        members = dice.randint(9, 150)
+def _deadlines(rng: random.Random) -> Item:
+    if rng.random() < 0.5:
+        members = rng.randint(9, 150)
         need = members // 2 + 1
         question = f"In a chamber of {members} members, how many votes are an absolute majority?"
         return question, need, [members // 2, need + 1, members * 2 // 3, need + 5]
-    start = date(2026, dice.randint(1, 12), dice.randint(1, 28))
-    days = dice.choice([7, 10, 14, 21, 30])
-    end, *slips = (f"{day.day} {day:%B}" for day in (start + timedelta(days + slip) for slip in (0, 1, -1, 7, 2)))
-    return f"A notice of {days} days is served on {start.day} {start:%B}. When does it end?", end, slips
+    start = date(2026, rng.randint(1, 12), rng.randint(1, 28))
+    days = rng.choice([7, 10, 14, 21, 30])
+    end, *slips = (
+        f"{day.day} {day:%B}"
+        for day in (start + timedelta(days + slip) for slip in (0, 1, -1, 7, 2))
+    )
+    return (
+        f"A notice of {days} days is served on {start.day} {start:%B}. When does it end?",
+        end,
+        slips,
+    )
 
 
-def _arithmetic(dice: random.Random) -> Asked:
-    a, b, x = dice.randint(2, 12), dice.randint(2, 12), dice.randint(2, 15)
-    kind = dice.randrange(3)
+def _arithmetic(rng: random.Random) -> Item:
+    a, b, x = rng.randint(2, 12), rng.randint(2, 12), rng.randint(2, 15)
+    kind = rng.randrange(3)
     if kind < 2:
         a, b = sorted((a, b))  # 3 + 5 and 5 + 3 are one fact
     if kind == 0:
@@ -120,30 +150,41 @@ def _kazakh_number(n: int) -> str:
     return f"{_TENS[n // 10]} {_ONES[n % 10]}".strip()
 
 
-def _years_and_numbers(dice: random.Random) -> Asked:
-    if dice.random() < 0.5:
-        year = dice.randint(1930, 2026)
+def _years_and_numbers(rng: random.Random) -> Item:
+    if rng.random() < 0.5:
+        year = rng.randint(1930, 2026)
         place = (year - 1924) % 12  # 1924 opened a cycle with the rat
         slips = [_MUSHEL[(place + slip) % 12] for slip in (1, 11, 3, 6)]
         return f"Which animal of the mushel cycle rules the year {year} ?", _MUSHEL[place], slips
-    n = dice.randint(11, 99)
-    slips = [_kazakh_number(m) for m in (n + 1, n % 10 * 10 + n // 10, n - 10, (n + 20) % 100) if 0 < m < 100]
+    n = rng.randint(11, 99)
+    slips = [
+        _kazakh_number(m)
+        for m in (n + 1, n % 10 * 10 + n // 10, n - 10, (n + 20) % 100)
+        if 0 < m < 100
+    ]
     return f"{n} саны қазақша қалай жазылады?", _kazakh_number(n), slips
 
 
-def _doses(dice: random.Random) -> Asked:
-    if dice.random() < 0.5:
-        weight, dose = dice.choice([10, 12, 20, 25, 40, 50, 60, 80]), dice.choice([2, 3, 4, 5, 8, 10, 15])
+def _doses(rng: random.Random) -> Item:
+    if rng.random() < 0.5:
+        weight, dose = (
+            rng.choice([10, 12, 20, 25, 40, 50, 60, 80]),
+            rng.choice([2, 3, 4, 5, 8, 10, 15]),
+        )
         total = weight * dose
         slips = [total * 2, total + weight, total // 2, total + 10]
-        return f"A dose of {dose} mg/kg is ordered for {weight} kg. How many mg is that?", total, slips
-    tablet, count = dice.choice([20, 25, 40, 50, 75, 100, 125, 200, 250, 500]), dice.randint(2, 9)
+        return (
+            f"A dose of {dose} mg/kg is ordered for {weight} kg. How many mg is that?",
+            total,
+            slips,
+        )
+    tablet, count = rng.choice([20, 25, 40, 50, 75, 100, 125, 200, 250, 500]), rng.randint(2, 9)
     slips = [count + 1, count - 1, count * 2, count + 3]
     return f"How many tablets of {tablet} mg make {tablet * count} mg?", count, slips
 
 
 # The names under which a domain's file can ask for one, as its `computed`.
-FAMILIES: Mapping[str, Callable[[random.Random], Asked]] = {
+FAMILIES: Mapping[str, Callable[[random.Random], Item]] = {
     "ratios": _ratios,
     "units": _units,
     "snippets": _snippets,
@@ -157,11 +198,13 @@ FAMILIES: Mapping[str, Callable[[random.Random], Asked]] = {
 def computed_facts(domain: str, family: str, n: int, seed: int) -> list[Fact]:
     """`n` different questions of a computed family, for a domain; each is a fact of its own."""
     if family not in FAMILIES:
-        raise BankError(f"{domain}.yaml: computed is {family!r}, expected one of {', '.join(FAMILIES)}")
-    dice = random.Random(f"{seed}/{domain}/computed")
+        raise BankError(
+            f"{domain}.yaml: computed is {family!r}, expected one of {', '.join(FAMILIES)}"
+        )
+    rng = random.Random(f"{seed}/{domain}/computed")
     facts: dict[str, Fact] = {}
     for _ in range(100 * n):
-        question, answer, wrong = FAMILIES[family](dice)
+        question, answer, wrong = FAMILIES[family](rng)
         rivals = tuple(dict.fromkeys(str(value) for value in wrong if str(value) != str(answer)))
         if len(rivals) < 2 or question in facts:
             continue
@@ -172,7 +215,7 @@ def computed_facts(domain: str, family: str, n: int, seed: int) -> list[Fact]:
             answer=str(answer),
             rivals=rivals,
             statements=(f"{question} {answer}.",),
-            difficulty=dice.choice((1, 2, 3)),
+            difficulty=rng.choice((1, 2, 3)),
             lang="kk" if "қазақша" in question else "en",
         )
         if len(facts) == n:
@@ -180,7 +223,7 @@ def computed_facts(domain: str, family: str, n: int, seed: int) -> list[Fact]:
     raise BankError(f"{domain}.yaml: {family} has fewer than {n} different questions")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Written facts and their splits
 
 
@@ -205,16 +248,24 @@ def _relation_facts(relation: Mapping[str, Any], domain: str) -> Iterator[Fact]:
 
 
 def domain_facts(file: Path, computed: int = 120, seed: int = 0) -> list[Fact]:
-    """The written facts of `<domain>.yaml`, and `computed` ones of the family that it names, if it does.
+    """The written facts of `<domain>.yaml`, and `computed` ones of the family that it may name.
 
     Raises BankError where a relation or a row does not have the expected form.
     """
     written = yaml.safe_load(file.read_text(encoding="utf-8"))
     for relation in written["relations"]:
         if missing := {"id", "lang", "phrasings", "statements", "facts"} - set(relation):
-            raise BankError(f"{file.name}: relation {relation.get('id')!r} has no {', '.join(sorted(missing))}")
-    facts = [fact for relation in written["relations"] for fact in _relation_facts(relation, file.stem)]
-    return facts + (computed_facts(file.stem, written["computed"], computed, seed) if "computed" in written else [])
+            raise BankError(
+                f"{file.name}: relation {relation.get('id')!r} has no {', '.join(sorted(missing))}"
+            )
+    facts = [
+        fact for relation in written["relations"] for fact in _relation_facts(relation, file.stem)
+    ]
+    return facts + (
+        computed_facts(file.stem, written["computed"], computed, seed)
+        if "computed" in written
+        else []
+    )
 
 
 def _split(facts: Sequence[Fact], seed: int) -> list[Fact]:
@@ -229,24 +280,36 @@ def _split(facts: Sequence[Fact], seed: int) -> list[Fact]:
         for number, fact in enumerate(group, 1):
             # A low-discrepancy walk through the shares: small groups do not all round the same way.
             place = (offset + number * 0.6180339887) % 1
-            split = "train" if place < SPLITS["train"] else "test" if place < 1 - SPLITS["dev"] else "dev"
+            split = (
+                "train"
+                if place < SPLITS["train"]
+                else "test"
+                if place < 1 - SPLITS["dev"]
+                else "dev"
+            )
             placed.append(replace(fact, split=split))
     return placed
 
 
 def load_facts(folder: Path, seed: int = 0) -> list[Fact]:
-    """All facts of the bank, each in its split. The seed is the bank's own: runs with other seeds share the split."""
-    return _split([fact for file in sorted(folder.glob("*.yaml")) for fact in domain_facts(file, seed=seed)], seed)
+    """All facts of the bank with their splits; the seed is the bank's, whatever that of a run."""
+    return _split(
+        [fact for file in sorted(folder.glob("*.yaml")) for fact in domain_facts(file, seed=seed)],
+        seed,
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Questions
 
 
-def ask(fact: Fact, id: str, gold: int, phrasing: int, dice: random.Random) -> Question:
-    """A question about a fact: mostly four options, the right one as near to place `gold` as there are places."""
-    size = min(dice.choices((3, 4, 5), (1, 8, 1))[0], len(fact.rivals) + 1)
-    options = dice.sample(fact.rivals, size - 1)
+def ask(fact: Fact, id: str, gold: int, phrasing: int, rng: random.Random) -> Question:
+    """A question about a fact, mostly of four options; `gold` is the place of the right one.
+
+    With fewer options than that, places are counted round.
+    """
+    size = min(rng.choices((3, 4, 5), (1, 8, 1))[0], len(fact.rivals) + 1)
+    options = rng.sample(fact.rivals, size - 1)
     place = gold % size
     options.insert(place, fact.answer)
     return Question(
@@ -263,68 +326,85 @@ def ask(fact: Fact, id: str, gold: int, phrasing: int, dice: random.Random) -> Q
 
 
 def make_questions(facts: Sequence[Fact], split: str, seed: int = 0) -> list[Question]:
-    """The questions of a split: `QUESTIONS[split]` a domain, the recipe's domains in its order before any others.
+    """The questions of a split: `QUESTIONS[split]` per domain, the recipe's domains first.
 
-    Written facts are asked in turn, each time in another phrasing and with other options; a computed fact is asked
-    once, and fills at most a quarter. Gold letters go round, so that no letter is right more often than others.
+    Written facts are asked in turn, each time in another phrasing and with other options; computed
+    facts are asked once, and fill at most a quarter. Gold letters go round, so that no letter is
+    right more often than others.
     """
     domains = {fact.domain for fact in facts}
     questions = []
     for domain in [*(name for name in DOMAINS if name in domains), *sorted(domains - set(DOMAINS))]:
-        dice = random.Random(f"{seed}/{domain}/{split}")
-        mine = [fact for fact in facts if fact.domain == domain and fact.split == split]
-        computed = [fact for fact in mine if not fact.subject][: QUESTIONS[split] // 4]
-        written = dice.sample(written := [fact for fact in mine if fact.subject], len(written))
-        turns = [(written[i % len(written)], i // len(written)) for i in range(QUESTIONS[split] - len(computed))]
-        asked = [*turns, *((fact, 0) for fact in computed)]
-        for number, (fact, turn) in enumerate(asked):
-            start = int.from_bytes(fact.id.encode()) % 5  # relations' phrasings start at different places
-            questions.append(ask(fact, f"{domain}-{split}-{number:03d}", number, start + turn, dice))
+        rng = random.Random(f"{seed}/{domain}/{split}")
+        of_split = [fact for fact in facts if fact.domain == domain and fact.split == split]
+        computed = [fact for fact in of_split if not fact.subject][: QUESTIONS[split] // 4]
+        written = rng.sample(written := [fact for fact in of_split if fact.subject], len(written))
+        turns = [
+            (written[i % len(written)], i // len(written))
+            for i in range(QUESTIONS[split] - len(computed))
+        ]
+        order = [*turns, *((fact, 0) for fact in computed)]
+        for number, (fact, turn) in enumerate(order):
+            start = (
+                int.from_bytes(fact.id.encode()) % 5
+            )  # relations' phrasings start at different places
+            questions.append(ask(fact, f"{domain}-{split}-{number:03d}", number, start + turn, rng))
     return questions
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Open-ended sets
 
 
 def load_material(folder: Path, name: str) -> dict[str, Any]:
     """One of the files of open-ended material: `passages`, `misconceptions` or `word_problems`."""
-    material: dict[str, Any] = yaml.safe_load((folder / "open" / f"{name}.yaml").read_text(encoding="utf-8"))
+    material: dict[str, Any] = yaml.safe_load(
+        (folder / "open" / f"{name}.yaml").read_text(encoding="utf-8")
+    )
     return material
 
 
-def passage(material: Mapping[str, Any], dice: random.Random) -> list[OpenQuestion]:
-    """A short story with random names, as the questions that one of its names answers; an id names the kind asked."""
-    template = dice.choice(material["templates"])
-    slots = dict(zip(("person", "person2"), dice.sample(material["people"], 2), strict=True))
-    slots |= zip(("place", "place2"), dice.sample(material["places"], 2), strict=True)
-    slots |= {"object": dice.choice(material["objects"]), "job": dice.choice(material["jobs"])}
+def passage(material: Mapping[str, Any], rng: random.Random) -> list[OpenQuestion]:
+    """A short story with random names, as the questions that one of its names answers.
+
+    The id of a question is that of the story and the kind of name.
+    """
+    template = rng.choice(material["templates"])
+    slots = dict(zip(("person", "person2"), rng.sample(material["people"], 2), strict=True))
+    slots |= zip(("place", "place2"), rng.sample(material["places"], 2), strict=True)
+    slots |= {"object": rng.choice(material["objects"]), "job": rng.choice(material["jobs"])}
     return [
         OpenQuestion(
-            id=f"{template['id']}/{asked['slot']}",
+            id=f"{template['id']}/{question['slot']}",
             task="squad",
             context=template["text"].format(**slots),
-            question=asked["q"].format(**slots),
-            answers=(slots[asked["slot"]],),
+            question=question["q"].format(**slots),
+            answers=(slots[question["slot"]],),
         )
-        for asked in template["questions"]
+        for question in template["questions"]
     ]
 
 
-_OPERATIONS: Mapping[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+_OPERATIONS: Mapping[str, Callable[[int, int], int]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+}
 
 
-def word_problem(material: Mapping[str, Any], names: Mapping[str, Any], dice: random.Random) -> OpenQuestion:
+def word_problem(
+    material: Mapping[str, Any], names: Mapping[str, Any], rng: random.Random
+) -> OpenQuestion:
     """A story with random small numbers, its worked solution and result."""
-    template = dice.choice(material["templates"])
+    template = rng.choice(material["templates"])
     results: list[int] = []
     while not results or not all(1 <= result <= 150 for result in results):
-        values = {slot: dice.randint(2, 12) for slot in "abc"}
+        values = {slot: rng.randint(2, 12) for slot in "abc"}
         results = []
         for sign, x, y in template["operations"]:
             known = {**values, "r": results[-1] if results else 0}
             results.append(_OPERATIONS[sign](known[x], known[y]))
-    slots = {"person": dice.choice(names["people"]), "object": dice.choice(names["objects"])}
+    slots = {"person": rng.choice(names["people"]), "object": rng.choice(names["objects"])}
     return OpenQuestion(
         id=template["id"],
         task="gsm8k",
@@ -356,56 +436,67 @@ def _unit(question: OpenQuestion) -> str:
 
 
 def open_pool(folder: Path, task: str, seed: int, n: int) -> list[OpenQuestion]:
-    """Different questions of a task in a seeded order; misconceptions are as many as are written."""
-    dice = random.Random(f"{seed}/{task}")
+    """Different questions of a task in a seeded order; all misconceptions that are written."""
+    rng = random.Random(f"{seed}/{task}")
     if task == "truthfulqa":
         return misconceptions(load_material(folder, "misconceptions"))
     stories, problems = load_material(folder, "passages"), load_material(folder, "word_problems")
     found: dict[str, OpenQuestion] = {}
     while len(found) < n:
         squad = task == "squad"
-        question = dice.choice(passage(stories, dice)) if squad else word_problem(problems, stories, dice)
+        question = (
+            rng.choice(passage(stories, rng)) if squad else word_problem(problems, stories, rng)
+        )
         found.setdefault(_unit(question), question)
     return list(found.values())
 
 
 def make_open_questions(folder: Path, split: str, seed: int = 0) -> list[OpenQuestion]:
-    """The open-ended questions of `train` or `test`, `OPEN_QUESTIONS[split]` a task, disjoint in facts."""
+    """The open-ended questions of a split: `OPEN_QUESTIONS[split]` per task, disjoint in facts."""
     questions = []
     for task in TASKS:
         pool = open_pool(folder, task, seed, round(1.1 * sum(OPEN_QUESTIONS.values())))
         units = sorted({_unit(question) for question in pool})
         random.Random(f"{seed}/{task}/split").shuffle(units)
         test = set(units[: round(len(units) * 0.4)])
-        mine = [question for question in pool if (_unit(question) in test) == (split == "test")]
-        random.Random(f"{seed}/{task}/{split}").shuffle(mine)
-        for number, question in enumerate(mine[: OPEN_QUESTIONS[split]]):
+        of_split = [question for question in pool if (_unit(question) in test) == (split == "test")]
+        random.Random(f"{seed}/{task}/{split}").shuffle(of_split)
+        for number, question in enumerate(of_split[: OPEN_QUESTIONS[split]]):
             id = f"{task}-{split}-{number:03d}"
             fact = question.fact or f"{task}/{id}"
             questions.append(question.model_copy(update={"id": id, "split": split, "fact": fact}))
     return questions
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Files
 
 
 def write_bank(folder: Path, out: Path) -> None:
-    """Writes the questions of the facts in `folder`: `<split>.jsonl`, and the open-ended `open_ended/<split>.jsonl`."""
+    """Writes the questions of the facts in `folder`, a file per split (and `open_ended/`)."""
     facts = load_facts(folder)
     for split in QUESTIONS:
-        rows = (question.model_dump(exclude_defaults=True) for question in make_questions(facts, split))
+        rows = (
+            question.model_dump(exclude_defaults=True) for question in make_questions(facts, split)
+        )
         write_jsonl(out / f"{split}.jsonl", rows)
     for split in OPEN_QUESTIONS:
-        rows = (question.model_dump(exclude_defaults=True) for question in make_open_questions(folder, split))
+        rows = (
+            question.model_dump(exclude_defaults=True)
+            for question in make_open_questions(folder, split)
+        )
         write_jsonl(out / "open_ended" / f"{split}.jsonl", rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: writes the question files."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--facts", type=Path, default=BANK, help="a folder with <domain>.yaml files, and open/")
-    parser.add_argument("--out", type=Path, default=BANK / "questions", help="where the question files go")
+    parser.add_argument(
+        "--facts", type=Path, default=BANK, help="a folder with <domain>.yaml files, and open/"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=BANK / "questions", help="where the question files go"
+    )
     given = parser.parse_args(argv)
     write_bank(given.facts, given.out)
 
