@@ -1,10 +1,11 @@
-"""Notebooks under nbval: after a cell that failed, what builds on it is skipped, not failed again or waited for."""
+"""Notebooks under nbval: what builds on a cell that failed is skipped, not failed or waited for."""
 
 from __future__ import annotations
 
 import pytest
 
-collect_ignore_glob = ["notebooks/colab_*.ipynb"]  # installs packages: tests/test_colab.py runs it elsewhere
+# It installs packages: tests/test_colab.py runs it in an environment of its own.
+collect_ignore_glob = ["notebooks/colab_*.ipynb"]
 _failed: list[str] = []
 
 
