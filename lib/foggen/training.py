@@ -131,6 +131,8 @@ def make_trainer(job: Job, tokenizer: Any, rows: list[dict[str, list[int]]]) -> 
 
     settings, on_gpu = job.settings, torch.cuda.is_available()
     dtype = pick_dtype(settings.dtype, torch.device("cuda" if on_gpu else "cpu"))
+    if dtype == torch.float16 and not on_gpu:
+        dtype = torch.float32  # float16 needs a gradient scaler, which a CPU has not
     loading = {"dtype": dtype, "attn_implementation": settings.training.attn_implementation}
     # The rows stay as they are; a batch holds rows of like length
     fixed: dict[str, Any] = {"max_length": None, "train_sampling_strategy": "group_by_length"}
@@ -138,7 +140,7 @@ def make_trainer(job: Job, tokenizer: Any, rows: list[dict[str, list[int]]]) -> 
     # Nothing is shown or saved on the way, and a loss that is not finite is not hidden
     fixed |= {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
     fixed |= {"logging_nan_inf_filter": False, "output_dir": str(job.out)}
-    # The adapter is float32 in any case; float16 needs a gradient scaler, too
+    # Mixed precision: the adapter is float32 in any case, and float16 brings its scaler
     fixed |= {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
     return SFTTrainer(
         AutoModelForCausalLM.from_pretrained(job.model, **loading),
