@@ -80,7 +80,7 @@ _CLEANING = {
     r"[\u2010-\u2015\u2212\ufe63\uff0d]": "-",  # hyphens, dashes and minus signs
     rf"(?<=\d){_GAP}(?=(?:\d\d\d?{_GAP}){{0,20}}\d\d\d(?!\d))": "",  # 1,234 and 1,23,456
     r"[\\$\u00a2-\u00a5\u20a0-\u20cf]": "",  # currencies
-    r"((?:^|[=:(#]|\bis)\s*-)\s+(?=[.\d])": r"\1",  # - 3 is -3 where nothing is subtracted from
+    r"((?:^|[=:(#]|\bis)\s*-)\s+(?=[.\d])": r"\1",  # - 3, with nothing before it
 }
 # Sign (after a digit or a bracket a minus is a subtraction or a range), whole of a mixed number,
 # number (not the 2 of m2 or x^2), divisor. Python refuses to read thousands of digits: 40 at most.
@@ -95,9 +95,9 @@ def final_number(text: str) -> Fraction | None:
 
     Reads -3 with any minus, hyphen or dash (`- 3` at the start and after `=`, `:`, `(` or `is`),
     1,234 and 1,23,456 and 9{,}500, thousands set apart by apostrophes, thin or no-break spaces,
-    $5.00, .5, 60% (as 60), 1/2, 2 1/2, and a number with its unit or at a sentence's end. Fails:
-    numbers in words, 1 234 with a plain space, 3,5 for 3.5, 1.234,50, 5k, 1e3, times (5:30), sums
-    left undone, more than 40 digits, and a right number followed by another one.
+    $5.00, .5, 60% (as 60), 1/2, 2 1/2, and a number with its unit or at a sentence's end.
+    Fails: numbers in words, 1 234 with a plain space, 3,5 for 3.5, 1.234,50, ½, 5k, 1e3, times
+    (5:30), sums left undone, more than 40 digits, and a right number followed by another one.
     """
     for pattern, replacement in _CLEANING.items():
         text = re.sub(pattern, replacement, text)
@@ -111,11 +111,10 @@ def final_number(text: str) -> Fraction | None:
 
 
 def same_number(answer: str, references: Sequence[str]) -> float:
-    """GSM8K accuracy (0 or 1): the final number is exactly a reference's. This task's headline
-    rule.
+    """GSM8K accuracy (0 or 1): exactly a reference's number. This task's headline rule.
 
-    Fails where `final_number` does, and for rounded answers (33.33 for 33 1/3): no tolerance, as
-    in the official rule.
+    Fails where `final_number` does, and for rounded answers (33.33 for 33 1/3): no tolerance, as in
+    the official rule.
     """
     number = final_number(answer)
     return float(number is not None and number in map(final_number, references))
@@ -230,8 +229,8 @@ def evaluate_open(engine: Engine, questions: Questions, limits: Mapping[str, int
         row |= {"text": reply.text, "answer": answer, "confidence": confidence}
         row |= {"correct": score_answer(question, answer), "tokens": reply.tokens}
         row |= {"parsed": answer is not None, "truncated": not reply.finished}
-        asked = question.model_dump(include={"id", "task", "question"})
-        rows.append({**asked, **row, "failed": int(not completions)})
+        fields = question.model_dump(include={"id", "task", "question"})
+        rows.append({**fields, **row, "failed": int(not completions)})
     return rows
 
 
