@@ -1,4 +1,4 @@
-"""The Colab notebook, in an environment of its own that has what Colab brings and nothing of this repository."""
+"""The Colab notebook, in an environment that has what Colab brings and nothing of ours."""
 
 from __future__ import annotations
 
@@ -32,38 +32,32 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_colab_notebook_runs_on_what_colab_brings_and_resumes(
-    bare_python: Path, tmp_path: Path
-) -> None:
-    def say(code: str) -> str:
-        return subprocess.run([bare_python, "-c", code], capture_output=True, text=True).stdout
+def test_it_runs_on_what_colab_brings_and_resumes(bare_python: Path, tmp_path: Path) -> None:
+    def run(*arguments: str | Path) -> str:
+        clean = ("PYTHON", "FOGGEN", "VIRTUAL")
+        variables = {k: v for k, v in os.environ.items() if not k.startswith(clean)}
+        command = [bare_python, *arguments]
+        where = ROOT / "notebooks"
+        done = subprocess.run(command, cwd=where, env=variables, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
 
     versions = f"from importlib.metadata import version; print([version(name) for name in {KEPT}])"
-    before = say(versions)
+    before = run("-c", versions)
     assert "2.0.2" in before and "2.2.2" in before
-    parameters = tmp_path / "parameters.yaml"
     overrides = {"edge.model": "data/pocket/foggen-r14", "test_questions": 70}
-    parameters.write_text(
-        json.dumps({"profile": "pocket", "run": str(tmp_path / "run"), "overrides": overrides})
-    )
-    arguments = ["colab_evaluate.ipynb", str(tmp_path / "out.ipynb"), "-f", str(parameters)]
-    command = [bare_python, "-m", "papermill", *arguments]
-    environment = {
-        k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "FOGGEN", "VIRTUAL"))
-    }
-    made = []
+    given = {"profile": "pocket", "run": str(tmp_path / "run"), "overrides": overrides}
+    parameters = tmp_path / "parameters.yaml"
+    parameters.write_text(json.dumps(given))
+    stages = []
     for _ in range(2):
-        done = subprocess.run(
-            command, cwd=ROOT / "notebooks", env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        made.append(
-            {path.name: path.stat().st_mtime for path in (tmp_path / "run" / "stages").iterdir()}
-        )
-    assert made[0] == made[1] and len(made[0]) == 14, (
-        "seven domains, edge and cloud; resumed, not asked again"
-    )
-    assert say(versions) == before
-    result = json.loads((tmp_path / "run" / "done" / "colab_evaluate.json").read_text())
-    assert result["results"]["n"] == 70 and "AUROC" in result["headline"]
+        output = tmp_path / "out.ipynb"
+        run("-m", "papermill", "colab_evaluate.ipynb", output, "-f", parameters)
+        made = (tmp_path / "run" / "stages").iterdir()
+        stages.append({path.name: path.stat().st_mtime for path in made})
+    assert stages[0] == stages[1], "resumed, not asked again"
+    assert len(stages[0]) == 14, "seven domains, edge and cloud"
+    assert run("-c", versions) == before
+    record = json.loads((tmp_path / "run" / "done" / "colab_evaluate.json").read_text())
+    assert record["results"]["n"] == 70 and "AUROC" in record["headline"]
     assert (tmp_path / "run" / "figures" / "colab_evaluate.png").exists()
