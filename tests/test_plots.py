@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,84 +20,130 @@ import pytest
 from matplotlib.figure import Figure
 from outcomes_factory import make_outcomes
 
-from foggen import plots, routing, stats
+from foggen import plots, stats
+from foggen.store import ROOT
+
+WORDS = {"confidence": "stated word", "expected_confidence": "E[c]"}
 
 
-def tasks() -> pd.DataFrame:
-    rows = [
-        ("squad", "R14", 0.8, 0.81),
-        ("squad", "R15", 0.9, math.nan),
-        ("gsm8k", "R14", 0.5, 0.52),
-        ("gsm8k", "R15", 0.6, 0.58),
-    ]
-    table = pd.DataFrame(rows, columns=["task", "checkpoint", "accuracy", "published"])
-    return table.assign(low=table["accuracy"] - 0.05, high=table["accuracy"] + 0.05, n=200)
+def curve(outcomes: pd.DataFrame, score: str = "confidence") -> pd.DataFrame:
+    return stats.share_curve(outcomes, score, resamples=20)
+
+
+def rounds(outcomes: pd.DataFrame) -> Figure:
+    checkpoints = {0: outcomes.assign(confidence=1.0), 1: outcomes}
+    graded = {
+        number: checkpoint.assign(confidence=checkpoint["expected_confidence"])
+        for number, checkpoint in checkpoints.items()
+    }
+    pairs = zip(WORDS.values(), (checkpoints, graded), strict=True)
+    tables = {name: stats.round_table(stated, resamples=20) for name, stated in pairs}
+    return plots.round_curves(tables, "The chain")
 
 
 FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
-    "accuracy_curve": lambda o: plots.accuracy_curve(routing.share_curve(o, resamples=20), (0.2, 0.7), (0.219, 0.678)),
-    "matched_curves": lambda o: plots.matched_curves({"confidence": routing.share_curve(o, resamples=20)}, 0.2),
-    "cost_curves": lambda o: plots.cost_curves({"confidence": routing.share_curve(o, resamples=20)}, {"confidence": 1}),
-    "reliability": plots.reliability,
-    "reliability graded": lambda o: plots.reliability(o, "graded_confidence", "graded"),
-    "histogram": plots.confidence_histogram,
-    "histogram graded": lambda o: plots.confidence_histogram(o, "graded_confidence"),
-    "risk_coverage": lambda o: plots.risk_coverage(o, {"confidence": "stated", "p_true": "P(True)"}),
-    "dumbbells": lambda o: plots.domain_dumbbells(routing.routing_table(o, resamples=20)),
-    "rounds": lambda o: plots.round_curves(stats.round_table({0: o, 1: o.assign(confidence=1.0)}, resamples=20)),
-    "open_ended": lambda o: plots.open_ended_bars(tasks()),
+    "accuracy_curve": lambda o: plots.accuracy_curve(curve(o), {"tau = 0.5": (0.2, 0.7)}, "SysAcc"),
+    "matched_curves": lambda o: plots.matched_curves(
+        {name: curve(o, score) for score, name in WORDS.items()}, "Lift"
+    ),
+    "matched_curves by cost": lambda o: plots.matched_curves(
+        {"word": curve(o)}, "Cost", "sysacc", {"word": (2, 50)}
+    ),
+    "reliability": lambda o: plots.reliability(o, WORDS, "Reliability"),
+    "histogram": lambda o: plots.confidence_histogram(o, "Histogram"),
+    "histogram of E[c]": lambda o: plots.confidence_histogram(
+        o, "Histogram", "expected_confidence", "E[c]"
+    ),
+    "risk_coverage": lambda o: plots.risk_coverage(o, WORDS, "Risk"),
+    "rounds": rounds,
 }
-
-
-CASES = {
-    "one level": lambda o: o.assign(confidence=1.0, graded_confidence=1.0),
-    "unparsed": lambda o: o.assign(confidence=np.where(np.arange(len(o)) % 3, o["confidence"], math.nan)),
+CASES: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
+    "one level": lambda o: o.assign(confidence=1.0, expected_confidence=1.0),
+    "unparsed": lambda o: o.assign(
+        confidence=np.where(np.arange(len(o)) % 3, o["confidence"], math.nan)
+    ),
     "never parsed": lambda o: o.assign(confidence=math.nan),
     "one question": lambda o: o.iloc[:1],
 }
 
 
+@pytest.fixture(autouse=True)
+def in_style() -> None:
+    plots.style()
+
+
 @pytest.mark.parametrize("name", FIGURES)
-def test_figures_are_saved_and_closed(tmp_path: Path, name: str) -> None:
+def test_figures_are_saved_twice_alike_and_closed(tmp_path: Path, name: str) -> None:
+    outcomes = make_outcomes(40, rich=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plots.save(FIGURES[name](make_outcomes(40, rich=True)), tmp_path / "new", "figure")
-    assert all((tmp_path / "new" / f"figure.{ending}").stat().st_size > 2000 for ending in ("png", "svg"))
+        for folder in ("first", "second"):
+            plots.save(FIGURES[name](outcomes), tmp_path / folder, "figure")
+    for ending in ("png", "svg"):
+        first, second = (
+            (tmp_path / folder / f"figure.{ending}").read_bytes() for folder in ("first", "second")
+        )
+        assert first == second and len(first) > 2000
     assert not plt.get_fignums()
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_degenerate_outcomes_are_drawn_without_a_warning(case: str) -> None:
-    outcomes = CASES[case](make_outcomes(40, rich=True))
+@pytest.mark.parametrize("name", FIGURES)
+def test_degenerate_outcomes_are_drawn_without_a_warning(name: str, case: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for name in list(FIGURES)[:-1]:  # the last knows no outcomes
-            FIGURES[name](outcomes).canvas.draw()
-            plt.close("all")
+        FIGURES[name](CASES[case](make_outcomes(40, rich=True))).canvas.draw()
+    plt.close("all")
 
 
-def test_a_figure_is_the_same_file_twice(tmp_path: Path) -> None:
-    for folder in ("first", "second"):
-        plots.save(plots.confidence_histogram(make_outcomes(40)), tmp_path / folder, "figure")
-    for ending in ("png", "svg"):
-        first, second = ((tmp_path / f / f"figure.{ending}").read_bytes() for f in ("first", "second"))
-        assert first == second
+@pytest.mark.parametrize(
+    "name", ["accuracy_curve", "matched_curves", "reliability", "risk_coverage"]
+)
+def test_axes_say_their_units_and_how_many_questions(name: str) -> None:
+    axes = FIGURES[name](make_outcomes(40, rich=True)).axes[0]
+    assert "%" in axes.get_xlabel() and "%" in axes.get_ylabel() and "120" in axes.get_xlabel()
+    assert axes.get_title(loc="left")
+    plt.close("all")
 
 
-def test_axes_say_their_units() -> None:
-    figure = plots.accuracy_curve(routing.share_curve(make_outcomes(40), resamples=20), (0.2, 0.7))
-    axes = figure.axes[0]
-    assert "%" in axes.get_xlabel() and "%" in axes.get_ylabel() and "n = 120" in axes.get_title(loc="left")
+def test_reliability_shows_the_size_of_every_bin() -> None:
+    outcomes = make_outcomes(40)
+    figure = plots.reliability(outcomes, {"confidence": "stated word"}, "Reliability")
+    areas = figure.axes[0].collections[-1].get_sizes()
+    counts = outcomes["confidence"].value_counts().sort_index()
+    assert areas / areas.sum() == pytest.approx(counts / counts.sum())
     plt.close(figure)
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.4, 0.65), (0.5, 0.575), (0.99, 1.0), (0, 1), (-0.04, 0.02)])
+def test_risk_coverage_ends_at_the_error_rate_of_all_answers() -> None:
+    outcomes = make_outcomes(40, rich=True)
+    axes = plots.risk_coverage(outcomes, {"confidence": "stated word"}, "Risk").axes[0]
+    assert axes.lines[0].get_ydata()[-1] == pytest.approx(1 - outcomes["local_correct"].mean())
+    plt.close("all")
+
+
+def test_the_last_round_is_inside_the_figure() -> None:
+    figure = rounds(make_outcomes(40, rich=True))
+    assert all(axes.get_xlim()[0] < 0 and axes.get_xlim()[1] > 1 for axes in figure.axes[:4])
+    plt.close(figure)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.4, 0.65), (0.5, 0.575), (0.99, 1.0), (0, 1), (-0.04, 0.02)]
+)
 def test_ticks_say_where_they_stand(low: float, high: float) -> None:
     figure, axes = plt.subplots(figsize=(2.4, 2.9))
     axes.set_ylim(low, high)
-    plots._percent(axes.yaxis)
+    plots.percent_ticks(axes.yaxis)
     figure.canvas.draw()
-    told = [float(label.get_text().removesuffix("%").replace("−", "-")) for label in axes.get_yticklabels()]
-    assert told == pytest.approx([100 * place for place in axes.get_yticks()])
-    assert high - low < 0.05 or all(value == round(value) for value in told)
+    texts = [float(label.get_text().replace("−", "-")) for label in axes.get_yticklabels()]
+    assert texts == pytest.approx([100 * place for place in axes.get_yticks()])
+    assert high - low < 0.05 or all(value == round(value) for value in texts)
     plt.close(figure)
+
+
+def test_the_overview_is_what_its_script_draws(tmp_path: Path) -> None:
+    script = ROOT / "figures" / "make_overview.py"
+    subprocess.run([sys.executable, script, tmp_path], check=True)
+    committed = (ROOT / "figures" / "overview.svg").read_text()
+    assert (tmp_path / "overview.svg").read_text() == committed

@@ -1,12 +1,12 @@
-"""The figures: one style, one palette, each drawn from a table of `routing` or `stats` or from outcomes.
+"""The figures that several notebooks draw: one style, one palette, from tables or from outcomes.
 
-Knows nothing of files except in `save`, and computes no metric that a table does not hold.
+Knows nothing of files except in `save`, and computes no metric that `stats` does not hold. Every
+figure takes its `title`: what it shows, said by who has read the numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,58 +17,37 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import Formatter, MaxNLocator
+from numpy.typing import ArrayLike
 from scipy.stats import beta
 
 from foggen import stats
-from foggen.prompts import BUCKETS
-from foggen.stats import MEAN, Array, router_score
+from foggen.prompts import BUCKET_TEXTS, BUCKETS
+from foggen.resampling import MEAN, Array, draw_counts, fact_codes
+from foggen.stats import router_score
 
-# Okabe & Ito (2008): told apart with any colour vision; yellow is left out, it is too light for lines.
+# Okabe & Ito (2008): told apart with any colour vision; yellow, too light for lines, is left out.
 BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 SKY, PURPLE, BLACK, GREY = "#56B4E9", "#CC79A7", "#000000", "#8C8C8C"
 COLOURS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, "#666666")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SIZE = (6.4, 4.2)
+SHARES = "share of {:,} questions sent to the cloud (%)"
+YLABELS = {"sysacc": "answers of the system right (%)", "lift": "lift over random routing (%)"}
 PANELS = {
-    "local_accuracy": "local accuracy",
-    "mean_confidence": "mean confidence",
-    "ece": "expected calibration error",
+    "local_accuracy": "answers right (%)",
+    "mean_confidence": "mean confidence (%)",
     "auroc": "AUROC of confidence",
-    "parse_rate": "share parsed",
+    "ece_bucket_debiased": "calibration error (ECE)",
 }
-STUDY_PANELS = {
-    "lift": "lift at tau = 0.5",
-    "auroc": "AUROC of confidence",
-    "ece": "debiased ECE",
-    "raw": "local accuracy",
-}
-STYLE: Any = {
-    "figure.figsize": SIZE,
-    "figure.dpi": 110,
-    "figure.constrained_layout.use": True,
-    "savefig.dpi": 150,
-    "svg.hashsalt": "foggen",  # the same ids in every run
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E5E5E5",
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "lines.linewidth": 1.8,
-}
+Costs = Mapping[str, tuple[float, float]]
 
 
 def style() -> None:
-    """Set the style of every figure here: call it once in a notebook that draws its own."""
-    mpl.rcParams.update(STYLE)
+    """Set the style of every figure here: call it once in a notebook that draws figures."""
+    plt.style.use(Path(__file__).with_suffix(".mplstyle"))
 
 
 def save(figure: Figure, folder: Path | str, name: str) -> Figure:
-    """Write `<name>.png` (150 dpi) and `<name>.svg`, and close the figure, so that a notebook shows it once."""
+    """Write `<name>.png` (150 dpi) and `<name>.svg`; close the figure: a notebook shows it once."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.png", metadata={"Software": None})
@@ -77,327 +56,196 @@ def save(figure: Figure, folder: Path | str, name: str) -> Figure:
     return figure
 
 
-def _axes(rows: int = 1, columns: int = 1, size: tuple[float, float] = SIZE, **options: Any) -> tuple[Figure, Any]:
-    style()
-    return plt.subplots(rows, columns, figsize=size, **options)
+# ------------------------------------------------------------------------------------------------
+# What figures are made of
 
 
-def _percent(*axes: Any) -> None:
-    """Ticks at whole percents, or with their decimals where the axis is shorter than a few percent."""
-    for axis in axes:
-        axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10]))
-        axis.set_major_formatter(lambda share, _: Formatter.fix_minus(f"{round(100 * share, 2) + 0:g}%"))
-
-
-def _label(axes: Axes, **labels: Any) -> None:
-    """Sets labels, title and limits; an axis that says (%) gets percent ticks."""
+def label(axes: Axes, **labels: Any) -> None:
+    """Set labels, title and limits; an axis that says (%) gets percent ticks."""
     axes.set(**labels)
-    _percent(*(axis for axis in (axes.xaxis, axes.yaxis) if "(%)" in axis.get_label_text()))
+    for axis in (axes.xaxis, axes.yaxis):
+        if "(%)" in axis.get_label_text():
+            percent_ticks(axis)
 
 
-def _legend(figure: Figure, axes: Axes, columns: int) -> None:
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
+def percent_ticks(axis: Any) -> None:
+    """Ticks at whole percents, or with their decimals where the axis is a few percent long."""
+    axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(lambda share, _: Formatter.fix_minus(f"{round(100 * share, 2) + 0:g}"))
 
 
-def _errors(rows: pd.DataFrame, name: str) -> Array:
+def errors(rows: pd.DataFrame, name: str) -> Array:
     """The interval of a column as lengths (2, rows) for an error bar; 0 where there is none."""
     ends = [rows[name] - rows[f"{name}_low"], rows[f"{name}_high"] - rows[name]]
     return np.asarray(np.clip(np.nan_to_num(ends), 0, None))
 
 
-# ---- accuracy against cloud share
+def band(axes: Axes, x: ArrayLike, table: pd.DataFrame, name: str, **look: Any) -> None:
+    """A column of a table as a line against `x`, with its 95% band (`_low`, `_high`)."""
+    (line,) = axes.plot(x, table[name], **look)
+    ends = (table[f"{name}_low"], table[f"{name}_high"])
+    axes.fill_between(x, *ends, color=line.get_color(), alpha=0.17, lw=0)
+
+
+def legend(figure: Figure, axes: Axes, columns: int) -> None:
+    """The legend of `axes` below the whole figure."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
+
+
+# ------------------------------------------------------------------------------------------------
+# Routing: curves from `stats.share_curve`, tables from `routing.routing_table`
 
 
 def accuracy_curve(
-    curve: pd.DataFrame, point: tuple[float, float], published: tuple[float, float] | None = None, tau: float = 0.5
+    curve: pd.DataFrame, points: Mapping[str, tuple[float, float]], title: str
 ) -> Figure:
-    """System accuracy against cloud share from `routing.share_curve`, with 95% band, random line and oracle.
+    """System accuracy against cloud share, with its 95% band, random routing and the oracle.
 
-    `point` and `published` are (cloud share, system accuracy), 0..1: ours at `tau`, and the model card's.
+    `points` marks operating points: name to (cloud share, system accuracy), 0 to 1.
     """
-    figure, axes = _axes()
+    figure, axes = plt.subplots()
     axes.plot(curve["share"], curve["oracle"], color=GREEN, ls=":", label="oracle, same share")
-    _band(axes, curve, "sysacc", BLUE, "confidence (95% band)")
+    band(axes, curve["share"], curve, "sysacc", color=BLUE, label="by confidence (95% band)")
     axes.plot(curve["share"], curve["random"], color=GREY, ls="--", label="random, same share")
-    axes.plot(*point, "o", color=VERMILION, ms=8, mec="white", label=f"tau = {tau:g}")
-    if published:
-        axes.plot(*published, "*", color=BLACK, ms=12, mec="white", label="published (its own questions)")
-    _label(axes, ylabel="system accuracy (%)", title=f"Mean over domains, n = {curve['n'].iloc[0]:,} questions")
+    for (name, point), colour in zip(points.items(), COLOURS[1:], strict=False):
+        axes.plot(*point, "o", color=colour, ms=8, mec="white", label=name)
+    label(axes, xlabel=SHARES.format(curve["n"][0]), ylabel=YLABELS["sysacc"], title=title)
     axes.legend(loc="best")
     return figure
 
 
-def matched_curves(curves: Mapping[str, pd.DataFrame], mark: float) -> Figure:
-    """Lift over random at the same cloud share for several routers, each a `routing.share_curve`, with 95% bands."""
-    figure, axes = _axes()
-    for (name, curve), colour in zip(curves.items(), COLOURS, strict=False):
-        _band(axes, curve, "lift", colour, name, 100)
-    axes.axhline(0, color=GREY, ls="--", lw=1.2, label="random")
-    axes.axvline(mark, color=BLACK, lw=1, ls=":", label="FogGen's share")
-    n = next(iter(curves.values()))["n"].iloc[0]
-    axes.set(ylabel="lift over random (percentage points)", title=f"Mean over domains, n = {n:,}, 95% bands")
-    _legend(figure, axes, 3)
-    return figure
-
-
-def cost_curves(
-    curves: Mapping[str, pd.DataFrame], verify: Mapping[str, float], small: float = 1, large: float = 50
+def matched_curves(
+    curves: Mapping[str, pd.DataFrame], title: str, column: str = "lift", costs: Costs | None = None
 ) -> Figure:
-    """System accuracy against cost a query, small + verify + share x large, for several routers, with 95% bands.
+    """Several routers at the same cloud share: a column of their curves, with 95% bands.
 
-    Each curve is a `routing.share_curve`; `verify` is what its score costs on every query.
+    `costs` maps their names to what every query costs and what a routed one costs more: then they
+    are drawn against the mean cost of a query.
     """
-    figure, axes = _axes()
+    figure, axes = plt.subplots()
     for (name, curve), colour in zip(curves.items(), COLOURS, strict=False):
-        cost = small + verify[name] + large * curve["share"]
-        _band(axes, curve, "sysacc", colour, f"{name} ($c_V$ = {verify[name]:g})", x=cost)
-    axes.plot(small + large * curve["share"], curve["random"], color=GREY, ls="--", label="random")
-    _label(axes, xlabel=f"cost a query, at edge : cloud = {small:g} : {large:g}", ylabel="system accuracy (%)")
-    axes.set_title(f"Mean over domains, n = {curve['n'].iloc[0]:,}, 95% bands")
-    axes.legend(loc="best")
+        fixed, routed = costs[name] if costs else (0, 1)
+        band(axes, fixed + routed * curve["share"], curve, column, color=colour, label=name)
+    if column == "lift":
+        axes.axhline(0, color=GREY, ls="--", lw=1.2, label="random")
+    xlabel = "mean cost of a query" if costs else SHARES.format(curve["n"][0])
+    label(axes, xlabel=xlabel, ylabel=YLABELS[column], title=title)
+    legend(figure, axes, 3)
     return figure
 
 
-def _band(axes: Axes, curve: pd.DataFrame, name: str, colour: str, label: str, scale: float = 1, x: Any = None) -> None:
-    """A line of `routing.share_curve` with its 95% band, against `x` or else the share."""
-    low, high = scale * curve[f"{name}_low"], scale * curve[f"{name}_high"]
-    at = curve["share"] if x is None else x
-    axes.fill_between(at, low, high, color=colour, alpha=0.17, lw=0)
-    axes.plot(at, scale * curve[name], color=colour, label=label)
-    if x is None:
-        _label(axes, xlabel="share of questions sent to the cloud (%)", xlim=(-0.01, 1.01))
+# ------------------------------------------------------------------------------------------------
+# Confidence: figures of outcomes; `columns` maps columns of scores to names
 
 
-# ---- confidence
+def reliability(outcomes: pd.DataFrame, columns: Mapping[str, str], title: str) -> Figure:
+    """Share right against confidence: a dot per bin, its area the bin's share of the questions.
 
-
-def reliability(outcomes: pd.DataFrame, column: str = "confidence", label: str = "stated confidence") -> Figure:
-    """Share right against confidence, one point a bin with its 95% interval (Jeffreys), and the count of each bin.
-
-    Bins are the buckets for verbal confidence and ten of equal mass for a graded one.
+    Bins are the five buckets. Bars are 95% Jeffreys intervals, which take questions as independent.
     """
-    figure, (top, bottom) = _axes(2, size=(6.4, 5.4), sharex=True, height_ratios=(3, 1))
-    known = outcomes[outcomes[column].notna()]
-    confidence = known[column].to_numpy(float)
-    few = len(np.unique(confidence)) <= len(BUCKETS)
-    bins = stats.buckets(confidence) if few else stats.equal_mass(confidence)
-    groups = known.groupby(bins).agg(x=(column, "mean"), rate=("local_correct", "mean"), n=("id", "size"))
-    right = groups["rate"] * groups["n"]
-    for end, q in (("low", 0.025), ("high", 0.975)):
-        groups[f"rate_{end}"] = beta.ppf(q, right + 0.5, groups["n"] - right + 0.5)
-    top.plot([0, 1], [0, 1], color=GREY, ls="--", lw=1.2, label="perfectly calibrated")
-    top.vlines(groups["x"], groups["rate"], groups["x"], color=ORANGE, lw=5, alpha=0.45, label="gap")
-    look = {"color": BLUE, "marker": "o", "capsize": 3, "label": "share right (95%)"}
-    top.errorbar(groups["x"], groups["rate"], yerr=_errors(groups, "rate"), **look)
-    _label(top, ylabel="local answers right (%)", ylim=(0, 1), xlim=(-0.1, 1.1), xticks=BUCKETS)
-    top.set_title(f"Reliability, n = {len(known):,} parsed of {len(outcomes):,}")
-    top.legend(loc="upper left")
-    bars = bottom.bar(groups["x"], groups["n"], width=0.12 if few else 0.02, color=SKY)
-    if few:
-        bottom.bar_label(bars, fmt="{:,.0f}", fontsize=8)
-    bottom.set(xlabel=label, ylabel="questions")
-    bottom.margins(y=0.25)
-    bottom.grid(axis="x", visible=False)
+    figure, axes = plt.subplots(figsize=(6.4, 4.8))
+    axes.plot([0, 1], [0, 1], color=GREY, ls="--", lw=1.2, label="perfectly calibrated")
+    for (column, name), colour in zip(columns.items(), COLOURS, strict=False):
+        known = outcomes[outcomes[column].notna()]
+        groups = known.groupby(stats.buckets(known[column].to_numpy(float)))
+        n, x, rate = groups.size(), groups[column].mean(), groups["local_correct"].mean()
+        ends = [beta.ppf(q, rate * n + 0.5, n - rate * n + 0.5) for q in (0.025, 0.975)]
+        lengths = np.clip([rate - ends[0], ends[1] - rate], 0, None)
+        axes.errorbar(x, rate, lengths, fmt="none", color=colour, capsize=3, lw=1.2)
+        axes.scatter(x, rate, 600 * n / len(outcomes), color=colour, alpha=0.75, label=name)
+    stated = f"confidence (%), {len(outcomes):,} questions"
+    label(axes, xlabel=stated, ylabel="answers right (%)", title=title)
+    axes.set(xlim=(-0.05, 1.1), ylim=(-0.02, 1.02))
+    axes.legend(loc="upper left")
     return figure
 
 
 def confidence_histogram(
-    outcomes: pd.DataFrame, column: str = "confidence", label: str = "stated confidence"
+    outcomes: pd.DataFrame, title: str, column: str = "confidence", name: str = "stated confidence"
 ) -> Figure:
-    """Questions at each confidence, right and wrong apart; unparsed answers have a bar of their own."""
-    figure, axes = _axes()
+    """Questions at each confidence, right and wrong apart; unparsed answers have their own bar."""
+    figure, axes = plt.subplots()
     score, right = router_score(outcomes, column), outcomes["local_correct"].to_numpy(float)
     few = len(np.unique(score[score >= 0])) <= len(BUCKETS)
     edges = np.linspace(-0.125, 1.125, 6) if few else np.linspace(0, 1, 21)
     width, centres = np.diff(edges)[0], (edges[:-1] + edges[1:]) / 2
-    for side, weights, name, colour in ((-1, right, "right", BLUE), (1, 1 - right, "wrong", VERMILION)):
+    kinds = ((-1, right, "right", BLUE), (1, 1 - right, "wrong", ORANGE))
+    for side, weights, kind, colour in kinds:
         counts = [weights[score < 0].sum(), *np.histogram(score, edges, weights=weights)[0]]
         x = np.array([-0.25, *centres]) + side * 0.21 * width
-        axes.bar(x, counts, 0.4 * width, color=colour, label=f"answer {name} ({weights.sum():,.0f})")
-    axes.set_xticks([-0.25, *BUCKETS], ["unparsed", *(f"{bucket:g}" for bucket in BUCKETS)])
-    axes.set(xlabel=label, ylabel="questions", title=f"Right and wrong answers, n = {len(outcomes):,}")
+        axes.bar(x, counts, 0.4 * width, color=colour, label=f"{kind} ({weights.sum():,.0f})")
+    axes.set_xticks([-0.25, *BUCKETS], ["unreadable", *BUCKET_TEXTS])
+    axes.set(xlabel=name, ylabel="questions", title=title)
     axes.grid(axis="x", visible=False)
-    _legend(figure, axes, 2)
+    axes.legend()
     return figure
 
 
-def risk_coverage(outcomes: pd.DataFrame, columns: Mapping[str, str], tau: float = 0.5) -> Figure:
-    """Error rate of the answers kept against the share kept, best first; `columns` maps score columns to labels.
+def risk_coverage(
+    outcomes: pd.DataFrame, columns: Mapping[str, str], title: str, tau: float = 0.5
+) -> Figure:
+    """Error rate of the answers kept against the share kept, surest first, from 1% coverage.
 
-    Ties are kept in random order, in expectation; the dot marks confidence >= `tau`. Lines begin at 1% coverage.
+    Ties are kept in random order, in expectation; the dot marks confidence >= `tau`. Bands are 95%
+    percentile intervals of 200 resamples of facts.
     """
-    figure, axes = _axes()
-    right, kept = outcomes["local_correct"].to_numpy(float), (outcomes["confidence"] >= tau).to_numpy()
-    at = np.linspace(0.01, 1, 200)
-    for (column, label), colour in zip(columns.items(), COLOURS, strict=False):
-        count, hits = stats.tie_sums(router_score(outcomes, column), np.ones((1, len(right))), right)
-        covered, errors = (np.append(0, np.cumsum(one[0, ::-1])) / len(right) for one in (count, count - hits))
-        axes.plot(at, np.interp(at, covered, errors) / at, color=colour, label=label)
+    figure, axes = plt.subplots()
+    right, kept = outcomes["local_correct"].to_numpy(float), outcomes["confidence"] >= tau
+    counts = draw_counts(fact_codes(outcomes), 201, np.random.default_rng(0))
+    counts[0], at = 1, np.linspace(0.01, 1, 100)  # the outcomes themselves first
+    for (column, name), colour in zip(columns.items(), COLOURS, strict=False):
+        # Answers kept, and wrong ones among them, from the surest score down: (resamples, levels)
+        sums = stats.tie_sums(router_score(outcomes, column), counts, 1 - right)
+        shares = [np.cumsum(part[:, ::-1], axis=1) / counts.sum(axis=1)[:, None] for part in sums]
+        rows = zip(*shares, strict=True)
+        risk = np.array([np.interp(at, [0, *x], [0, *y]) / at for x, y in rows])
+        low, high = np.quantile(risk[1:], [0.025, 0.975], axis=0)
+        table = pd.DataFrame({"risk": risk[0], "risk_low": low, "risk_high": high})
+        band(axes, at, table, "risk", color=colour, label=name)
     if kept.any():
-        look = {"color": BLUE, "ms": 8, "mec": "white", "label": f"tau = {tau:g}"}
-        axes.plot(kept.mean(), 1 - right[kept].mean(), "o", **look)
+        point = (kept.mean(), 1 - right[kept].mean())
+        axes.plot(*point, "o", color=BLUE, ms=8, mec="white", label=f"confidence at least {tau:g}")
     axes.axhline(1 - right.mean(), color=GREY, ls="--", lw=1.2, label="random")
-    _label(axes, xlabel="coverage: share answered locally (%)", ylabel="risk: wrong among those (%)")
-    axes.set(xlim=(0, 1.01), ylim=(0, None), title=f"Risk and coverage, n = {len(right):,}")
-    _legend(figure, axes, 3)
+    kept_of = f"answers kept of {len(right):,} (%)"
+    label(axes, xlabel=kept_of, ylabel="wrong among those kept (%)", title=title)
+    axes.set(xlim=(0, 1.01), ylim=(0, None))
+    legend(figure, axes, 3)
     return figure
 
 
-# ---- domains, rounds, checkpoints, open-ended
+# ------------------------------------------------------------------------------------------------
+# Rounds: tables from `stats.round_table`, by the name of a confidence
 
 
-def domain_dumbbells(table: pd.DataFrame) -> Figure:
-    """From the edge model alone to the cloud for each row of `routing.routing_table`, FogGen and random between."""
-    figure, axes = _axes(size=(6.4, 0.5 * len(table) + 1.5))
-    rows = table[table["n"] > 0].reset_index(drop=True)
-    y = np.arange(len(rows))[::-1]
-    axes.hlines(y, rows["raw"], rows["cloud"], color="#CCCCCC", lw=4, zorder=1)
-    axes.plot(rows["raw"], y, "o", color=BLACK, mfc="white", ms=7, label="edge alone")
-    axes.plot(rows["cloud"], y, "s", color=GREEN, ms=7, label="cloud alone")
-    axes.plot(rows["random"], y, "|", color=GREY, ms=14, mew=2.5, label="random, same share")
-    look = {"fmt": "o", "color": BLUE, "ms": 7, "capsize": 3, "label": "FogGen (95%)"}
-    axes.errorbar(rows["sysacc"], y, xerr=_errors(rows, "sysacc"), **look)
-    names = rows["domain"].str.replace("_", " ")
-    axes.set_yticks(y, [f"{name} ({routed:.0%})" for name, routed in zip(names, rows["routed"], strict=True)])
-    axes.axhline(0.5, color=GREY, lw=0.8)  # the mean stands apart
-    _label(axes, xlabel="accuracy (%)", ylabel="domain (share routed)", ylim=(-0.6, len(rows) - 0.4))
-    axes.set_title(f"n = {rows['n'].max():,} questions")
-    axes.grid(axis="y", visible=False)
-    _legend(figure, axes, 4)
-    return figure
+def round_curves(tables: Mapping[str, pd.DataFrame], title: str) -> Figure:
+    """How the edge model changes over the chain: the mean over domains with its 95% band.
 
-
-def round_curves(rounds: pd.DataFrame) -> Figure:
-    """How the edge model changes over the chain, from `stats.round_table`: a panel a measure, one for the buckets.
-
-    A line a domain; their mean is drawn bold, with its 95% band.
+    The first of `tables` is the stated word: single domains are its thin grey lines, and the last
+    panel is what it says.
     """
-    figure, grid = _axes(2, 3, (9.6, 6.5), sharex=True)
-    mean, inner = rounds[rounds["domain"] == MEAN], rounds[rounds["domain"] != MEAN]
-    for axes, (name, title) in zip(grid.flat, PANELS.items(), strict=False):
-        for i, (domain, part) in enumerate(inner.groupby("domain", sort=False)):
-            look = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "label": str(domain).replace("_", " ")}
-            axes.plot(part["round"], part[name], ms=3.5, lw=1.1, **look)
-        band = (mean["round"], mean[f"{name}_low"], mean[f"{name}_high"])
-        axes.fill_between(*band, color=GREY, alpha=0.35, lw=0, zorder=3, label="95% of the mean")
-        axes.plot(mean["round"], mean[name], color=BLACK, lw=2.6, zorder=4, label=MEAN)
-        low, high = axes.get_ylim()
-        axes.set(title=title, ylim=(max(low, -0.02), min(high, 1.005)))
+    figure, grid = plt.subplots(2, 3, figsize=(9.6, 5.6), sharex=True)
+    word = next(iter(tables.values()))
+    for axes, (column, text) in zip(grid.flat, PANELS.items(), strict=False):
+        for _, domain in word[word["domain"] != MEAN].groupby("domain", sort=False):
+            axes.plot(domain["round"], domain[column], color=GREY, lw=0.7, alpha=0.6)
+        for (name, table), colour in zip(tables.items(), COLOURS, strict=False):
+            mean = table[table["domain"] == MEAN]
+            band(axes, mean["round"], mean, column, color=colour, lw=2.4, label=name)
+        axes.plot([], [], color=GREY, lw=0.7, label=f"a domain, {next(iter(tables))}")
+        axes.set_title(text)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _percent(axes.yaxis)
-    _bucket_areas(grid[1, 2], mean.set_index("round"))
-    for axes in grid[1]:
-        axes.set_xlabel("round")
-    _legend(figure, grid[0, 0], 4)
-    return figure
-
-
-def _bucket_areas(axes: Axes, mean: pd.DataFrame) -> None:
+        if "(%)" in text:
+            percent_ticks(axes.yaxis)
+    # The last two panels: how often each word is said, and the legend
+    mean, axes = word[word["domain"] == MEAN], grid[1, 1]
     shares = mean.filter(regex=r"^bucket [\d.]+$")
     shades = mpl.colormaps["cividis"](np.linspace(0.05, 0.95, shares.shape[1]))
-    areas = axes.stackplot(shares.index, shares.T.to_numpy(), colors=shades)
-    names = [name.removeprefix("bucket ") for name in shares]
-    axes.set(title="confidence stated", ylim=(0, 1), xlim=(shares.index.min(), shares.index.max()))
-    axes.legend(areas[::-1], names[::-1], loc="center left", bbox_to_anchor=(1, 0.5))
-    _percent(axes.yaxis)
-
-
-def variant_points(summary: pd.DataFrame) -> Figure:
-    """The reference study: one panel a metric, a point with its 95% interval a variant (means over domains).
-
-    Columns of `summary`: variant, metric, domain, value, low, high, n, seeds.
-    """
-    means = summary[summary["domain"] == MEAN]
-    figure, grid = _axes(1, len(STUDY_PANELS), (9.6, 2.9), sharey=True)
-    for axes, (metric, title) in zip(grid, STUDY_PANELS.items(), strict=True):
-        rows = means[means["metric"] == metric].iloc[::-1].reset_index()
-        colours = np.where(rows["variant"] == "foggen", BLUE, GREY)
-        axes.hlines(rows.index, rows["low"], rows["high"], color=colours, lw=3)
-        axes.scatter(rows["value"], rows.index, color=colours, s=36)
-        axes.set_yticks(rows.index, rows["variant"])
-        axes.set_title(title)
-        if metric in (chance := {"lift": 0.0, "auroc": 0.5}):
-            axes.axvline(chance[metric], color=BLACK, lw=0.8, ls="--")
-        if metric != "auroc":
-            _percent(axes.xaxis)
-    figure.supxlabel(f"n = {means['n'].iloc[0]:,} questions, {means['seeds'].iloc[0]} seeds", fontsize=9)
+    areas = axes.stackplot(mean["round"], shares.T.to_numpy(), colors=shades)
+    axes.set(title="words stated (%)", ylim=(0, 1))
+    percent_ticks(axes.yaxis)
+    axes.legend(areas[::-1], [*BUCKET_TEXTS[::-1]], loc="center left", bbox_to_anchor=(1, 0.5))
+    grid[1, 2].axis("off")
+    grid[1, 2].legend(*grid[0, 0].get_legend_handles_labels(), loc="center right")
+    figure.supxlabel("round")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     return figure
-
-
-def open_ended_bars(table: pd.DataFrame) -> Figure:
-    """Accuracy on the open-ended tasks, a bar for each checkpoint with its interval and the published value beside.
-
-    Columns: task, checkpoint, accuracy, low, high, published (0..1, NaN = none) and n.
-    """
-    figure, axes = _axes()
-    counts = table.groupby("task", sort=False)["n"].first()
-    width = 0.8 / table["checkpoint"].nunique()
-    named = table.rename(columns={"low": "accuracy_low", "high": "accuracy_high"})
-    for i, (checkpoint, part) in enumerate(named.groupby("checkpoint", sort=False)):
-        x = counts.index.get_indexer(part["task"]) + width * (i + 0.5) - 0.4
-        look = {"color": (SKY, BLUE, ORANGE)[i % 3], "capsize": 4, "label": checkpoint}
-        axes.bar(x, part["accuracy"], 0.9 * width, yerr=_errors(part, "accuracy"), **look)
-        line = {"color": BLACK, "lw": 2.5, "zorder": 4, "label": None if i else "published"}
-        axes.hlines(part["published"], x - 0.4 * width, x + 0.4 * width, **line)
-    axes.set_xticks(range(len(counts)), [f"{task}\nn = {n:,}" for task, n in counts.items()])
-    _label(axes, ylabel="accuracy (%), 95% intervals", ylim=(0, 1), title="Open-ended tasks")
-    axes.grid(axis="x", visible=False)
-    axes.legend(ncols=3)
-    return figure
-
-
-# ---- the method at a glance
-
-Boxes = dict[str, tuple[float, float, str, str]]  # name: x, y, text, colour
-Arrows = list[tuple[str, str, str, str]]  # from, to, colour, text
-
-
-def overview(tau: float = 0.5, samples: int = 8, rounds: int = 14, domains: int = 7) -> Figure:
-    """The method in two pictures: (a) routing at inference, (b) the loop that teaches the model to know itself."""
-    figure, (left, right) = _axes(1, 2, (11.2, 4.0), width_ratios=(1, 1.12))
-    routing: Boxes = {
-        "question": (1.2, 5, "question\nA. ...  B. ...", BLACK),
-        "edge": (4.6, 5, "edge model\nsmall, local", BLUE),
-        "said": (4.6, 3, "Confidence: 0.75\nFinal answer: B", BLUE),
-        "test": (4.6, 1, f"confidence\n$\\geq \\tau$ = {tau:g}?", BLACK),
-        "keep": (1.2, 1, "keep the\nlocal answer", GREEN),
-        "cloud": (8.2, 3, "cloud model\nlarge, remote", VERMILION),
-        "answer": (8.2, 5, "cloud answer", VERMILION),
-    }
-    steps: Arrows = [("question", "edge", GREY, ""), ("edge", "said", GREY, ""), ("said", "test", GREY, "")]
-    steps += [("test", "keep", GREEN, "yes"), ("test", "cloud", VERMILION, "no, or not\nreadable")]
-    steps += [("cloud", "answer", VERMILION, "")]
-    _diagram(left, "(a) Inference: one forward pass decides", routing, steps)
-    loop: Boxes = {
-        "model": (1.1, 5, "checkpoint\n$R_t$", BLUE),
-        "sample": (4.6, 5, f"{samples} answers to each\nquestion of one domain", BLUE),
-        "count": (8.2, 5, f"$k$ of {samples} right", ORANGE),
-        "label": (8.2, 3, f"confidence =\n$k/{samples}$ to the nearest\n0, ¼, ½, ¾, 1", ORANGE),
-        "rows": (8.2, 1, "new rows: question,\nconfidence, answer", PURPLE),
-        "buffer": (4.6, 3, "replay buffer\nof earlier rows", GREY),
-        "tune": (4.6, 1, "LoRA fine-tuning\non new + replayed rows", GREEN),
-        "merge": (1.1, 1, "merge:\n$R_{t+1}$", GREEN),
-    }
-    names = ["model", "sample", "count", "label", "rows", "tune", "merge"]
-    turns: Arrows = [(one, two, GREY, "") for one, two in pairwise(names)]
-    turns += [("rows", "buffer", GREY, ""), ("buffer", "tune", GREY, "")]
-    turns += [("merge", "model", BLUE, f"{rounds} rounds,\n{domains} domains\nin turn")]
-    _diagram(right, "(b) Training: the model labels itself, round by round", loop, turns)
-    return figure
-
-
-def _diagram(axes: Axes, title: str, boxes: Boxes, arrows: Arrows) -> None:
-    """Texts in rounded boxes, with arrows from box to box."""
-    axes.set(xlim=(-0.2, 9.6), ylim=(0.3, 5.8))
-    axes.axis("off")
-    axes.set_title(title, fontweight="bold")
-    patches = {}
-    for name, (x, y, text, colour) in boxes.items():
-        look = {"boxstyle": "round,pad=0.5", "fc": mpl.colors.to_rgba(colour, 0.12), "ec": colour, "lw": 1.6}
-        patches[name] = axes.text(x, y, text, ha="center", va="center", fontsize=9, bbox=look).get_bbox_patch()
-    for one, two, colour, text in arrows:
-        start, end = np.array([boxes[one][:2], boxes[two][:2]])
-        look = {"arrowstyle": "-|>", "color": colour, "lw": 1.6, "shrinkA": 0, "shrinkB": 0}
-        axes.annotate("", end, start, arrowprops=look | {"patchA": patches[one], "patchB": patches[two]})
-        x, y = (start + end) / 2
-        axes.text(x + 0.15, y - 0.1, text, ha="left", va="top", fontsize=9, color=colour)
