@@ -130,7 +130,7 @@ def test_what_is_sampled_is_the_fact_or_the_passage_or_the_question():
     first, second = (Question(**{**GOOD, "id": name, "context": "Ann  came."}) for name in "ab")
     assert first.fact_key == second.fact_key != Question(**GOOD, context="Bob came.").fact_key
     assert Question(**GOOD, context="Ann came.", fact="f").fact_key == "f"
-    assert Question(**GOOD).fact_key == "q1"
+    assert Question(**GOOD).fact_key == Question(**GOOD, context=" ").fact_key == "q1"
     gsm = OpenQuestion(id="g", task="gsm8k", question="1+1?", answers=("2",))
     assert gsm.fact_key == "g"
 

@@ -65,7 +65,7 @@ def _chat(system: str, user: str) -> Messages:
 
 
 def _passage(context: str) -> str:
-    return f"Passage: {context}\n\n" if context else ""
+    return f"Passage: {context}\n\n" if context.strip() else ""
 
 
 def option_lines(options: Sequence[str]) -> str:
@@ -129,7 +129,7 @@ EXEMPLARS = (
 
 def verification_text(question: str, options: Sequence[str], answer: str, context: str) -> str:
     """A question with the answer (a letter) to be checked, in the order of AutoMix's fields."""
-    given = f"Context: {context}\n\n" if context else ""
+    given = f"Context: {context}\n\n" if context.strip() else ""
     stated = f"AI Generated Answer: {answer}. {options[LETTERS.index(answer)]}"
     shown = f"{given}Question: {question}\n\n{option_lines(options)}\n\n{stated}"
     return f"{shown}\nInstruction: {_INSTRUCTION}\nEvaluation:"

@@ -63,7 +63,8 @@ def _fact_key(question: Question | OpenQuestion) -> str:
     """What is sampled independently: the fact; without one the passage; without both the id."""
     if question.fact is not None:
         return question.fact
-    return digest(normalised(question.context))[:12] if question.context else question.id
+    passage = normalised(question.context)
+    return digest(passage)[:12] if passage else question.id
 
 
 class Question(BaseModel, frozen=True, extra="ignore", coerce_numbers_to_str=True):
