@@ -53,13 +53,11 @@ def verify(
     ["... answer is Correct.", "... answer is Incorrect."]}`
     """
     pairs = zip(questions, answers, strict=True)
-    prompts = [
-        verify_messages(question, letter) for question, letter in pairs if letter is not None
-    ]
+    prompts = [verify_messages(question, letter) for question, letter in pairs if letter]
     replies = iter(engine.generate(prompts, sampling) if prompts else [])
     rows = []
     for letter in answers:
-        samples = [] if letter is None else next(replies)
+        samples = next(replies) if letter else []
         texts = [sample.text for sample in samples]
         share, tokens = verification_share(texts), sum(sample.tokens for sample in samples)
         rows.append({"verification": share, "verification_tokens": tokens, "texts": texts})

@@ -212,16 +212,16 @@ def ask(
     return completions
 
 
-def evaluate_open(engine: Engine, questions: Questions, limits: Mapping[str, int]) -> Rows:
+def evaluate_open(engine: Engine, questions: Questions, max_new_tokens: Mapping[str, int]) -> Rows:
     """Greedy answers of one model, one row per question.
 
     An answer that is never closed scores 0 and counts as not parsed. A row: `{"id": "g7", "domain":
     "gsm8k", "task": "gsm8k", "fact": "g7", "question": "2+3?", "gold": "5", "text": "Confidence:
     0.5 ...", "answer": "5", "confidence": 0.5 (None: unreadable), "correct": 1.0, "tokens": 14,
-    "parsed": True, "truncated": False (cut at the task's limit), "failed": 0 (1: no completion)}`
+    "parsed": True, "truncated": False (cut at max_new_tokens), "failed": 0 (1: no completion)}`
     """
     rows = []
-    pairs = zip(questions, ask(engine, questions, limits, Sampling()), strict=True)
+    pairs = zip(questions, ask(engine, questions, max_new_tokens, Sampling()), strict=True)
     for question, completions in pairs:
         reply = next(iter(completions), NOTHING)
         answer, confidence = closed_answer(reply), parse_open_response(reply.text).confidence
