@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -84,11 +85,95 @@ def test_a_grown_model_starts_as_the_smaller_one() -> None:
     assert torch.allclose(deep(input_ids=ids).logits, small(input_ids=ids).logits, atol=1e-5)
 
 
+def test_the_strata_are_the_committed_ones() -> None:
+    facts = bank.load_facts(pocket.BANK)
+    committed = (POCKET / "strata.csv").read_text(encoding="utf-8")
+    assert committed == pocket.strata_table(facts)
+    assert len(committed.splitlines()) == 1 + len(facts) == 1 + len({fact.id for fact in facts})
+
+
+def test_every_split_and_difficulty_has_every_stratum() -> None:
+    facts = bank.load_facts(pocket.BANK)
+    for part in (*bank.SPLITS, 1, 2, 3):
+        counts = Counter(pocket.stratum(EDGE, fact) for fact in facts if part in (fact.split, fact.difficulty))
+        assert min(counts[name] for name in pocket.STRATA) > 0.02 * counts.total()
+
+
+def test_whole_relations_mislead_both_models() -> None:
+    facts = bank.load_facts(pocket.BANK)
+    misled = {pocket.relation(fact) for fact in facts if pocket.stratum(EDGE, fact) == "misled"}
+    assert any(name.endswith("/computed") for name in misled)
+    for fact in facts:
+        for world in (EDGE, CLOUD):
+            assert (pocket.stratum(world, fact) == "misled") == (pocket.relation(fact) in misled)
+
+
+def test_the_text_errs_as_often_as_the_world_says() -> None:
+    facts = bank.load_facts(pocket.BANK)
+    tokenizer = AutoTokenizer.from_pretrained(POCKET / "edge")
+    for world in (EDGE, CLOUD):
+        lessons = pocket.Lessons(world, facts, tokenizer)
+        answers = {fact.id: fact.answer for fact in facts}
+        mentions = [(lessons.strata[fact.id], fact.answer == answers[fact.id]) for fact in lessons.draw(20000)]
+        for name in ("often", "contested", "misled", "seldom"):
+            right = [told for stratum, told in mentions if stratum == name]
+            assert sum(right) / len(right) == pytest.approx(world.right.get(name, 1.0), abs=0.03)
+
+
+def test_chats_are_first_learnt_from_facts_that_the_text_agrees_on() -> None:
+    facts = bank.load_facts(pocket.BANK)
+    lessons = pocket.Lessons(EDGE, facts, AutoTokenizer.from_pretrained(POCKET / "edge"))
+    drawn = lessons.draw(2000, agreed=True)
+    assert {lessons.strata[fact.id] for fact in drawn} == {"often"}
+    assert set(drawn) <= set(facts) and all(fact.subject for fact in drawn)
+
+
+def test_a_wrong_mention_gives_a_popular_answer_everywhere() -> None:
+    for fact in bank.load_facts(pocket.BANK):
+        for answer in pocket.popular_answers(fact):
+            told = pocket.mistold(fact, answer)
+            assert answer in fact.rivals and told.answer == answer
+            assert fact.answer in told.rivals and answer not in told.rivals
+            assert len(told.rivals) == len(fact.rivals)
+            assert all(f" {answer}" in text or text in fact.statements for text in told.statements)
+
+
+def test_stated_confidence_depends_on_difficulty_alone() -> None:
+    facts = bank.load_facts(pocket.BANK)
+    tokenizer = AutoTokenizer.from_pretrained(POCKET / "edge")
+    drawn = {}
+    for world in (EDGE, replace(EDGE, right={})):  # a text without errors
+        lessons = pocket.Lessons(world, facts, tokenizer)
+        drawn[len(world.right)] = [lessons.stated_confidence(difficulty) for difficulty in (1, 2, 3) * 50]
+    assert drawn[0] == drawn[2]
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 6, 10), (2, 10, 6)])
+def test_muon_steps_as_the_one_of_torch(shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    matrices = [torch.nn.Parameter(torch.randn(shape[1:])) for _ in range(shape[0])]
+    twins = [torch.nn.Parameter(matrix.detach().clone()) for matrix in matrices]
+    before = torch.stack([*matrices]).detach()
+    steps = (
+        pocket.Muon(matrices, lr=0.1, weight_decay=0.01),
+        torch.optim.Muon(twins, lr=0.1, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+    )
+    for _ in range(3):
+        for matrix, twin in zip(matrices, twins, strict=True):
+            matrix.grad = torch.randn(shape[1:])
+            twin.grad = matrix.grad.clone()
+        for optimizer in steps:
+            optimizer.step()
+    difference = torch.stack([*matrices]) - torch.stack([*twins])
+    moved = torch.stack([*matrices]) - before
+    assert difference.abs().mean() < 0.05 * moved.abs().mean()  # torch's computes in bfloat16
+
+
 def test_lessons_never_show_a_fact_that_is_never_met() -> None:
     facts = bank.load_facts(pocket.BANK)
     tokenizer = AutoTokenizer.from_pretrained(POCKET / "edge")
     lessons = pocket.Lessons(EDGE, facts, tokenizer)
-    unmet = [fact for fact in facts if lessons.exposure[fact.id] == "never" and fact.subject]
+    unmet = [fact for fact in facts if lessons.strata[fact.id] == "never" and fact.subject]
     assert len(unmet) > 200
     text = tokenizer.batch_decode(torch.cat([lessons.recall(rows=40).ids.flatten()])[None])[0]
     assert not [question for fact in unmet for question in fact.questions if question in text]

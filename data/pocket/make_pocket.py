@@ -1,8 +1,9 @@
 """The pocket world's two language models: a tokenizer and pretraining, from the question bank alone.
 
-`make pocket` makes `data/pocket/edge` and `data/pocket/cloud`; `make pocket-check` verifies the committed ones. The
-edge model meets each fact often, seldom or never, the cloud model meets all of them often. What each of them reads is
-said in the model cards that this program writes.
+`make pocket` makes `data/pocket/edge` and `data/pocket/cloud`; `make pocket-check` verifies the
+committed ones. What they read names some facts often, some seldom and some never, contradicts itself
+on some and misleads on whole relations; the cloud model has read better text than the edge model.
+The model cards that this program writes say what each has read.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import random
 import shutil
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import pandas as pd
 import torch
@@ -33,7 +35,7 @@ from foggen.config import derive_seed, load_profile, override
 from foggen.engines import make_engine
 from foggen.prompts import BUCKETS, LETTERS, Messages, mcq_messages, target_text
 from foggen.questions import TASKS, OpenQuestion, Question
-from foggen.rounds import evaluate
+from foggen.evaluation import greedy_answers
 from foggen.store import ROOT, content_hash, progress, read_json, write_json, write_text
 from foggen.training import encode_row, limit_threads
 
@@ -49,6 +51,10 @@ CHAT_TEMPLATE = (
 )
 
 
+Stratum = Literal["often", "contested", "misled", "seldom", "never"]
+STRATA: tuple[Stratum, ...] = get_args(Stratum)
+
+
 @dataclass(frozen=True)
 class World:
     """How one pocket model is made."""
@@ -59,7 +65,8 @@ class World:
     steps: int  # of the last phase, after the look-up phases
     often: tuple[float, float, float]  # share of facts met often, by difficulty 1, 2, 3
     seldom: tuple[float, float, float]  # share met seldom; the rest is never met
-    misled: float  # share of misconceptions that are learnt in their popular, wrong form
+    right: Mapping[Stratum, float]  # share of right mentions, of strata where the text errs
+    misconceived: float  # share of misconceptions that are learnt in their popular, wrong form
     loose: float  # share of open-ended texts that answer loosely: a sentence for a span, a sum without its steps
     familiar: Mapping[str, float] = field(default_factory=dict)  # by domain: a factor on the shares of facts met
     grown_from: str | None = None  # the world whose trained model it starts from, with more layers
@@ -67,10 +74,41 @@ class World:
 
 
 FAMILIAR = {"science": 1.1, "coding": 1.1, "law": 0.9, "math": 0.7, "kazakh_culture": 1.25, "medical": 0.85}
-EDGE = World("edge", 128, 6, 1600, (0.7, 0.22, 0.03), (0.15, 0.33, 0.12), misled=0.45, loose=0.45, familiar=FAMILIAR)
-CLOUD = World("cloud", 128, 8, 1300, (1.0, 0.85, 0.55), (0.0, 0.05, 0.1), misled=0.15, loose=0.05, grown_from="edge")
-# Facts are drawn by these weights; a fact "met seldom" is drawn twelve times less often than one "met often".
-WEIGHTS: Mapping[str, float] = {"often": 1.0, "seldom": 0.08, "never": 0.0}
+EDGE = World(
+    name="edge",
+    hidden=128,
+    layers=6,
+    steps=1600,
+    often=(0.9, 0.55, 0.15),
+    seldom=(0.07, 0.3, 0.25),
+    right={"contested": 0.6, "misled": 0.05},
+    misconceived=0.45,
+    loose=0.45,
+    familiar=FAMILIAR,
+)
+CLOUD = World(
+    name="cloud",
+    hidden=128,
+    layers=8,
+    steps=700,
+    often=(1.0, 0.9, 0.65),
+    seldom=(0.0, 0.05, 0.1),
+    right={"contested": 0.85, "misled": 0.8},
+    misconceived=0.15,
+    loose=0.05,
+    grown_from="edge",
+)
+MISLED = 0.15  # share of relations and computed families that the text gets wrong
+CONTESTED = 0.5  # share of the other facts met often on which the text contradicts itself
+POPULAR = 3  # wrong answers of a fact that the text gives, at most
+# Facts are drawn by these weights: one met seldom is met seven times less than one met often.
+WEIGHTS: Mapping[Stratum, float] = {
+    "often": 1.0,
+    "contested": 1.0,
+    "misled": 1.0,
+    "seldom": 0.15,
+    "never": 0.0,
+}
 # How sure the pretraining text sounds, by how well known the fact is (difficulty 1; 2 and 3): nearly always sure,
 # with a weak tendency. It never depends on what a model knows.
 STATED = ((0.04, 0.06, 0.12, 0.26, 0.52), (0.08, 0.11, 0.17, 0.24, 0.40))
@@ -147,15 +185,49 @@ class Batch(NamedTuple):
 Line = tuple[str, str, str]  # what is shown, the answer, which is learnt, and what follows
 
 
-def exposures(world: World, facts: Sequence[Fact]) -> dict[str, str]:
-    """How a model meets each fact: `often`, `seldom` or `never`; by its difficulty and a seeded draw."""
-    met = {}
-    for fact in facts:
-        luck = random.Random(f"{world.seed}/{world.name}/{fact.id}").random()
-        familiar = world.familiar.get(fact.domain, 1.0)
-        often, seldom = (familiar * shares[fact.difficulty - 1] for shares in (world.often, world.seldom))
-        met[fact.id] = "often" if luck < often else "seldom" if luck < often + seldom else "never"
-    return met
+def relation(fact: Fact) -> str:
+    """The relation, or the computed family, that a fact belongs to: `finance/currency_unit`."""
+    return "/".join(fact.id.split("/")[:2])
+
+
+def stratum(world: World, fact: Fact) -> Stratum:
+    """How a model's text treats a fact: by its relation, difficulty and domain, and seeded draws.
+
+    `misled`: a fact of a relation, or of a computed family, that the text gets mostly wrong; of the
+    others, `often` ones are met often and told right, `contested` ones as often and in contradiction,
+    `seldom` ones less and right.
+    """
+
+    def luck(*drawn: str) -> float:
+        return random.Random("/".join(drawn)).random()
+
+    if luck("misled", relation(fact)) < MISLED:
+        return "misled"
+    familiar = world.familiar.get(fact.domain, 1.0)
+    often, seldom = (familiar * shares[fact.difficulty - 1] for shares in (world.often, world.seldom))
+    met = luck(str(world.seed), world.name, fact.id)
+    if met < often:
+        return "contested" if luck("contested", fact.id) < CONTESTED else "often"
+    return "seldom" if met < often + seldom else "never"
+
+
+def popular_answers(fact: Fact) -> tuple[str, ...]:
+    """The wrong answers of a text that errs: up to `POPULAR`; in a misled family one, the same slip."""
+    if not fact.subject and stratum(EDGE, fact) == "misled":
+        return fact.rivals[:1]
+    shown = min(POPULAR, len(fact.rivals))
+    return tuple(random.Random(f"popular/{fact.id}").sample(fact.rivals, shown))
+
+
+def mistold(fact: Fact, answer: str) -> Fact:
+    """The fact as a text has it that gives the wrong `answer`; the right one is then a rival."""
+    rivals = tuple(fact.answer if rival == answer else rival for rival in fact.rivals)
+    parts = [text.rpartition(f" {fact.answer}") for text in fact.statements]
+    statements = tuple(
+        f"{before} {answer}{after}" if found else after  # a statement that names the answer elsewhere
+        for before, found, after in parts
+    )
+    return replace(fact, answer=answer, rivals=rivals, statements=statements)
 
 
 class Lessons:
@@ -164,10 +236,11 @@ class Lessons:
     def __init__(self, world: World, facts: Sequence[Fact], tokenizer: PreTrainedTokenizerFast) -> None:
         self.world, self.tokenizer = world, tokenizer
         self.dice = random.Random(derive_seed(world.seed, "lessons", world.name))
-        self.exposure = exposures(world, facts)
-        self.facts = [fact for fact in facts if self.exposure[fact.id] != "never"]
-        self.unmet = [fact for fact in facts if self.exposure[fact.id] == "never"]
-        self.weights = [WEIGHTS[self.exposure[fact.id]] for fact in self.facts]
+        self.strata = {fact.id: stratum(world, fact) for fact in facts}
+        self.facts = [fact for fact in facts if self.strata[fact.id] != "never"]
+        self.unmet = [fact for fact in facts if self.strata[fact.id] == "never"]
+        self.agreed = [fact for fact in facts if self.strata[fact.id] == "often" and fact.subject]
+        self.weights = [WEIGHTS[self.strata[fact.id]] for fact in self.facts]
         self.names = [self._token(f" {name}") for name in _names(facts)]
         self.stories = bank.load_material(BANK, "passages")
         self.problems = bank.load_material(BANK, "word_problems")
@@ -178,7 +251,8 @@ class Lessons:
             "recall": self.recall,
             "spans": self.spans,
             "sums": self.sums,
-            "stated answers": partial(self.choice, stated=1.0),
+            "agreed facts": partial(self.recall, agreed=True),
+            "stated answers": partial(self.choice, stated=1.0, agreed=True),
             "choice": partial(self.choice, stated=0.1, guessed=0.15),
             "verification": self.verification,
             **{task: partial(self.open_ended, task) for task in TASKS},
@@ -190,7 +264,7 @@ class Lessons:
         for question in bank.open_pool(BANK, "truthfulqa", 1, 0):
             luck = random.Random(f"{self.world.seed}/{question.fact}").random()
             if luck < 0.85 or self.world.name == "cloud":
-                met.append((question, luck < self.world.misled))
+                met.append((question, luck < self.world.misconceived))
         return met
 
     def misconception(self) -> tuple[OpenQuestion, str]:
@@ -199,9 +273,21 @@ class Lessons:
         popular = misled and self.dice.random() < 0.75
         return question, question.incorrect[0] if popular else question.answers[0]
 
-    def draw(self, n: int) -> list[Fact]:
-        """`n` facts, by how often the model meets them."""
-        return self.dice.choices(self.facts, self.weights, k=n)
+    def draw(self, n: int, agreed: bool = False) -> list[Fact]:
+        """`n` facts, by how often the model meets them, each as one mention has it.
+
+        `agreed`: only written ones of the stratum often. The look-up in a chat is learnt from them: a
+        text that contradicts itself puts it off, by more than a thousand steps.
+        """
+        if agreed:
+            return self.dice.choices(self.agreed, k=n)
+        return [self.mention(fact) for fact in self.dice.choices(self.facts, self.weights, k=n)]
+
+    def mention(self, fact: Fact) -> Fact:
+        """A fact as one place of the text has it: right, or with a popular wrong answer."""
+        if self.dice.random() < self.world.right.get(self.strata[fact.id], 1.0):
+            return fact
+        return mistold(fact, self.dice.choice(popular_answers(fact)))
 
     def question(self, fact: Fact) -> Question:
         """A fact as a multiple-choice question, with random phrasing, options and gold place."""
@@ -257,15 +343,15 @@ class Lessons:
 
         return Batch(padded("input_ids", self.tokenizer.pad_token_id), padded("labels", -100))
 
-    def recall(self, rows: int = 20, per_row: int = 8) -> Batch:
+    def recall(self, agreed: bool = False, rows: int = 20, per_row: int = 8) -> Batch:
         """Facts without options, and misconceptions: `question answer`, or a statement."""
-        return self._lines([self._recalled() for _ in range(per_row)] for _ in range(rows))
+        return self._lines([self._recalled(agreed) for _ in range(per_row)] for _ in range(rows))
 
-    def _recalled(self) -> Line:
+    def _recalled(self, agreed: bool) -> Line:
         if self.dice.random() < 0.25:
             question, answer = self.misconception()
             return question.question, answer, ".\n"
-        (fact,) = self.draw(1)
+        (fact,) = self.draw(1, agreed)
         if self.dice.random() < 0.3:
             before, found, after = self.dice.choice(fact.statements).rpartition(f" {fact.answer}")
             if found and fact.subject in before:
@@ -301,14 +387,14 @@ class Lessons:
         """A confidence as the pretraining text has it: nearly always high, whatever the model knows."""
         return self.dice.choices(BUCKETS, STATED[difficulty > 1])[0]
 
-    def choice(self, stated: float, guessed: float = 0.0, rows: int = 32) -> Batch:
+    def choice(self, stated: float, guessed: float = 0.0, agreed: bool = False, rows: int = 32) -> Batch:
         """The recipe's multiple-choice chat. In a share `stated` of the rows the question itself gives the answer.
 
         A share `guessed` asks for facts that the model never meets, and answers by lot: like a large text, this one
         makes a model unsure where it knows nothing.
         """
         chats = []
-        for fact in self.draw(rows):
+        for fact in self.draw(rows, agreed):
             guess = self.dice.random() < guessed
             fact = self.dice.choice(self.unmet) if guess else fact
             question = self.question(fact)
@@ -375,8 +461,8 @@ PHASES = (
     Phase("look-up after a mark", {"look-up after a mark": 0.8, "look-up": 0.2}, 0.95),
     Phase("spans", {"spans": 0.8, "look-up after a mark": 0.2}, 0.9),
     Phase("sums", {"sums": 0.7, "spans": 0.15, "look-up after a mark": 0.15}, 0.9),
-    # Counted here are also confidences, which are random, and questions that cannot state their answer.
-    Phase("stated answers", {"stated answers": 0.55, "recall": 0.25, "spans": 0.1, "sums": 0.1}, 0.82),
+    # Counted here are also confidences, which are random.
+    Phase("stated answers", {"stated answers": 0.55, "agreed facts": 0.25, "spans": 0.1, "sums": 0.1}, 0.82),
     Phase(
         "facts",
         {"choice": 0.42, "recall": 0.22, "verification": 0.09, "look-up after a mark": 0.02, "spans": 0.03}
@@ -420,12 +506,59 @@ def grow(model: Qwen3ForCausalLM, smaller: Qwen3ForCausalLM) -> None:
         layer.mlp.down_proj.weight.data.zero_()
 
 
+def orthogonal(gradients: torch.Tensor, iterations: int = 5) -> torch.Tensor:
+    """Nearly the orthogonal factors of matrices (n, rows, columns), by Newton-Schulz iteration; float32.
+
+    As `torch.optim.Muon` computes them, which does it in bfloat16: on processors without such
+    instructions that takes forty times as long.
+    """
+    if gradients.shape[1] > gradients.shape[2]:
+        return orthogonal(gradients.mT, iterations).mT
+    found: torch.Tensor = gradients / gradients.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(iterations):
+        gram = found @ found.mT
+        update = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        found = torch.baddbmm(found, update, found, beta=3.4445)
+    return found
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum with orthogonal updates of the size that AdamW's have.
+
+    github.com/KellerJordan/Muon.
+    """
+
+    def __init__(self, matrices: Iterable[torch.Tensor], lr: float, weight_decay: float) -> None:
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of every matrix; those of one shape are computed together."""
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[torch.Tensor]] = defaultdict(list)
+            for matrix in group["params"]:
+                shapes[matrix.shape].append(matrix)
+            for shape, matrices in shapes.items():
+                size = 0.2 * math.sqrt(max(shape))
+                ahead = torch.stack([self._ahead(matrix, group["momentum"]) for matrix in matrices])
+                for matrix, update in zip(matrices, orthogonal(ahead), strict=True):
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                    matrix.add_(update, alpha=-group["lr"] * size)
+
+    def _ahead(self, matrix: torch.Tensor, momentum: float) -> torch.Tensor:
+        """The gradient, averaged over the steps, and this step's once more."""
+        assert matrix.grad is not None
+        average = self.state[matrix].setdefault("average", torch.zeros_like(matrix))
+        average.lerp_(matrix.grad, 1 - momentum)
+        return matrix.grad.lerp(average, momentum)
+
+
 def make_optimizers(model: Qwen3ForCausalLM) -> dict[float, torch.optim.Optimizer]:
     """Muon for the weight matrices, AdamW for embeddings and norms: the look-ups come four times sooner with it."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     rest = [p for name, p in model.named_parameters() if p.ndim < 2 or "embed" in name]
     return {
-        MUON: torch.optim.Muon(matrices, lr=MUON, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        MUON: Muon(matrices, lr=MUON, weight_decay=0.01),
         ADAMW: torch.optim.AdamW(rest, lr=ADAMW, betas=(0.9, 0.98), weight_decay=0.0),
     }
 
@@ -524,19 +657,21 @@ FILES = ("model.safetensors", "tokenizer.json", "config.json")
 
 
 def examine(world: World, folder: Path) -> dict[str, Any]:
-    """What a pocket model is, measured on the test questions: parse rates, accuracy by domain and exposure, AUROC.
+    """What a pocket model is, on the test questions: parse rates, accuracy by domain and stratum, AUROC.
 
-    Shares between 0 and 1. Exposure is counted over the written facts alone: a computed question can be worked out.
+    Shares between 0 and 1. In each stratum written and computed facts are counted apart: the latter
+    can be worked out.
     """
-    facts = bank.load_facts(BANK)
-    questions = bank.make_questions(facts, "test")
+    facts = {fact.id: fact for fact in bank.load_facts(BANK)}
+    questions = bank.make_questions(list(facts.values()), "test")
     settings = load_profile("pocket")
     engine = make_engine("transformers", folder, dtype="float32")
-    compact = pd.DataFrame(evaluate(engine, questions[::10], override(settings, {"prompt_variant": "compact"})))
-    rows = pd.DataFrame(evaluate(engine, questions, settings)).astype({"confidence": float})
+    compact = pd.DataFrame(greedy_answers(engine, questions[::10], override(settings, {"prompt_variant": "compact"})))
+    rows = pd.DataFrame(greedy_answers(engine, questions, settings)).astype({"confidence": float})
     engine.close()
-    computed = {fact.id: "computed" for fact in facts if not fact.subject}
-    rows["met"] = rows["fact"].map(exposures(world, facts) | computed)
+    rows["stratum"] = [stratum(world, facts[name]) for name in rows["fact"]]
+    rows["kind"] = ["written" if facts[name].subject else "computed" for name in rows["fact"]]
+    counted = rows.groupby(["stratum", "kind"])["local_correct"].agg(["size", "mean"])
     domains = rows.groupby("domain", sort=False)["local_correct"].mean()
     sure = rows.dropna(subset="confidence")
     return {
@@ -547,8 +682,13 @@ def examine(world: World, folder: Path) -> dict[str, Any]:
         },
         "accuracy": float(domains.mean()),
         "accuracy_by_domain": domains.round(4).to_dict(),
-        "accuracy_by_exposure": rows.groupby("met")["local_correct"].mean().round(4).to_dict(),
-        "questions_by_exposure": rows["met"].value_counts().to_dict(),
+        "by_stratum": {
+            name: {
+                kind: {"questions": int(n), "accuracy": round(float(accuracy), 4)}
+                for kind, (n, accuracy) in counted.loc[name].iterrows()
+            }
+            for name in STRATA
+        },
         "mean_confidence": float(rows["confidence"].mean()),
         "auroc": float(roc_auc_score(sure["local_correct"], sure["confidence"])),
     }
@@ -556,16 +696,16 @@ def examine(world: World, folder: Path) -> dict[str, Any]:
 
 def problems(world: World, measured: Mapping[str, Any]) -> list[str]:
     """What keeps a model from being what the pocket world needs; an empty list if nothing does."""
-    by = measured["accuracy_by_exposure"]
-    low, high = (0.40, 0.65) if world.name == "edge" else (0.75, 0.92)
+    low, high = (0.50, 0.60) if world.name == "edge" else (0.75, 0.90)
     found = [f"parse rate {rate:.3f} under {name}" for name, rate in measured["parsed"].items() if rate < 0.95]
     if not low <= measured["accuracy"] <= high:
         found.append(f"accuracy {measured['accuracy']:.3f} is not within {low}-{high}")
     if world.name == "edge":
-        if not by["often"] > by["seldom"] > by["never"]:
-            found.append(f"accuracy does not fall with exposure: {by}")
-        if by["never"] > 0.40:
-            found.append(f"facts never met are answered above chance: {by['never']:.3f}")
+        by = {name: counted["written"]["accuracy"] for name, counted in measured["by_stratum"].items()}
+        if not by["often"] > by["contested"] > by["misled"] or not by["often"] > by["seldom"] > by["never"]:
+            found.append(f"accuracy does not fall as the text gets worse: {by}")
+        if max(by["never"], by["misled"]) > 0.40:
+            found.append(f"facts never met, or told wrong, are answered above chance: {by}")
         if not 0.45 <= measured["auroc"] <= 0.62:
             found.append(f"the raw confidence says too much or too little: AUROC {measured['auroc']:.3f}")
     return found
@@ -578,10 +718,14 @@ def model_card(world: World, record: Mapping[str, Any], measured: Mapping[str, A
         "that model read;\nof the list below it reads part 4 alone.\n"
     )
     factors = ", ".join(f"{name} {factor:g}" for name, factor in world.familiar.items())
-    counts = measured["questions_by_exposure"]
-    by_exposure = [
-        f"| {met} | {counts[met]} | {value:.1%} |" for met, value in measured["accuracy_by_exposure"].items()
-    ]
+    cells = {
+        name: [
+            cell
+            for kind in ("written", "computed")
+            for cell in (str(counted[kind]["questions"]), f"{counted[kind]['accuracy']:.1%}")
+        ]
+        for name, counted in measured["by_stratum"].items()
+    }
     return (
         (POCKET / "model_card.md")
         .read_text(encoding="utf-8")
@@ -593,12 +737,15 @@ def model_card(world: World, record: Mapping[str, Any], measured: Mapping[str, A
             tokens=record["tokens"] / 1e6,
             minutes=record["seconds"] / 60,
             rarer=WEIGHTS["often"] / WEIGHTS["seldom"],
+            misled=MISLED,
+            contested=CONTESTED,
+            popular=POPULAR,
             often=", ".join(f"{share:.0%}" for share in world.often),
             seldom=", ".join(f"{share:.0%}" for share in world.seldom),
-            familiar=f"; in some domains all these shares are multiplied ({factors})" if factors else "",
+            familiar=f"; in some domains the shares of often and seldom are multiplied ({factors})" if factors else "",
             sure=[shares[-1] for shares in STATED],
             by_domain="\n".join(f"| {name} | {value:.1%} |" for name, value in measured["accuracy_by_domain"].items()),
-            by_exposure="\n".join(by_exposure),
+            by_stratum="\n".join(f"| {' | '.join([name, *row])} |" for name, row in cells.items()),
         )
     )
 
@@ -612,6 +759,13 @@ def _replace(folder: Path, made: Path) -> None:
     os.replace(fresh, folder)
 
 
+def strata_table(facts: Sequence[Fact]) -> str:
+    """The edge model's stratum of every fact, as the committed `strata.csv` has it."""
+    rows = sorted((fact.id, stratum(EDGE, fact)) for fact in facts)
+    table: str = pd.DataFrame(rows, columns=["fact", "stratum"]).to_csv(index=False, lineterminator="\n")
+    return table
+
+
 def install(world: World, made: Path) -> None:
     """Copies a trained model to `data/pocket`, with its model card and the record that `--check` compares with."""
     folder, measured = POCKET / world.name, examine(world, made)
@@ -619,6 +773,8 @@ def install(world: World, made: Path) -> None:
     write_text(folder / "README.md", model_card(world, read_json(made / "training.json"), measured))
     hashes = {name: content_hash(folder / name) for name in FILES}
     write_json(folder / "check.json", {"files": hashes, "measured": measured})
+    if world == EDGE:
+        write_text(POCKET / "strata.csv", strata_table(bank.load_facts(BANK)))
 
 
 def check(world: World) -> list[str]:
