@@ -25,7 +25,7 @@ from foggen.engines import NOTHING, Engine, EngineSlot, Sampling, make_engine
 from foggen.inputs import model_folder
 from foggen.labels import Questions
 from foggen.questions import OpenQuestion, Question, subset
-from foggen.store import Run, digest, progress
+from foggen.store import ROOT, Run, digest, progress, read_json
 
 MODEL = ("engine", "engine_options", "dtype")  # what every answer of a checkpoint depends on
 CLOUD = ("cloud", "dtype")
@@ -135,12 +135,18 @@ def answers(
     key = asked(run.settings, questions, "max_new_tokens")
     table = stage(run, edge, model, f"{name}-answers", key, ask)
     texts = [question.question for question in questions]
-    return table.astype({"confidence": float}).assign(question=texts)
+    return answered(table).assign(question=texts)
 
 
 def cloud_answers(run: Run, edge: EngineSlot, questions: Questions, name: str) -> Table:
     """`greedy_answers` of the cloud, to the very prompts that the edge model gets."""
     return answers(run, edge, questions, None, f"{name}-cloud")
+
+
+def answered(table: Table) -> Table:
+    """The table without the confidences of unreadable answers: nothing can be kept of these."""
+    stated = table["confidence"].astype(float).where(table["local_answer"].notna())
+    return table.assign(confidence=stated)
 
 
 def letters_of(table: Table) -> list[str | None]:
@@ -236,7 +242,8 @@ def open_outcomes(
     key, cloud = asked(run.settings, questions, limits=limits), f"{name.partition('-')[0]}-cloud"
     pairs = ((model, name), (None, cloud))
     tables = [stage(run, edge, at, f"{name}-answers", key, ask, open_ended) for at, name in pairs]
-    return keep_local(open_ended.open_outcomes(*tables)).assign(seed=run.settings.seed)
+    table = keep_local(answered(open_ended.open_outcomes(*tables)))
+    return table.assign(seed=run.settings.seed)
 
 
 def judged(run: Run, edge: EngineSlot, questions: OpenQuestions, model: Path, name: str) -> Table:
@@ -247,3 +254,22 @@ def judged(run: Run, edge: EngineSlot, questions: OpenQuestions, model: Path, na
     ask = partial(open_ended.judge, questions=graded, answers=texts)
     key = asked(run.settings, graded, answers=digest(texts))
     return stage(run, edge, None, f"{name}-judged", key, ask, open_ended).astype({"correct": float})
+
+
+# ------------------------------------------------------------------------------------------------
+# The stored study
+
+
+def study_tables(settings: Settings) -> dict[str, Table] | None:
+    """The tables of the reference study by name (see `data/results/make_study.py`).
+
+    None where the settings, but for the seed, are not those that the study was made with.
+    """
+    folder = ROOT / "data" / "results" / settings.name
+    if not (folder / "study.json").is_file():
+        return None
+    recipe = settings.model_dump(mode="json", exclude={"seed", "seeds"})
+    stored = read_json(folder / "study.json")["settings"]
+    if any(stored.get(name) != value for name, value in recipe.items()):
+        return None
+    return {file.stem: pd.read_parquet(file) for file in sorted(folder.glob("*.parquet"))}

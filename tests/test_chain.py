@@ -1,0 +1,351 @@
+"""The chain on a tiny model: what is learnt, that it repeats, and that a kill loses one stage."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripted import Scripted, noted_trainings, slot
+from tiny import make_model
+
+from foggen import evaluation
+from foggen.chain import (
+    buffer_rows,
+    calibration_questions,
+    edge_slot,
+    replay,
+    run_chain,
+    run_r15,
+    trained_checkpoint,
+)
+from foggen.config import Settings, SettingsError, override
+from foggen.engines import Engine, EngineError, EngineSlot
+from foggen.questions import OpenQuestion, Question, by_domain
+from foggen.store import ROOT, Run, read_json, read_jsonl
+
+
+def weights(model: Path) -> str:
+    return hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def engine() -> Scripted:
+    return Scripted()
+
+
+@pytest.fixture
+def edge(engine: Scripted) -> EngineSlot:
+    return slot(engine)
+
+
+@pytest.fixture
+def learnt(monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, Any]]]:
+    return noted_trainings(monkeypatch)
+
+
+def stages(run: Run) -> list[str]:
+    rows = read_jsonl(run.folder / "manifest.jsonl")
+    return [row["stage"].rsplit("-", 1)[0] for row in rows]
+
+
+# ---- the chain
+
+
+def test_the_chain_repeats_and_comes_from_the_run(small, tmp_path, questions):
+    run, lines = Run(tmp_path / "a", small), list[str]()
+    first = run_chain(run, questions, questions, show=lines.append)
+    assert [result.domain for result in first] == [None, "finance", "law"]
+    assert len(lines) == 3 and lines[1].startswith("R1  finance")
+
+    def nothing(model: Path) -> Engine:
+        raise AssertionError("a finished chain loads no model")
+
+    again = run_chain(run, questions, questions, EngineSlot(nothing))
+    assert str([one.record() for one in again]) == str([one.record() for one in first])
+    other = run_chain(Run(tmp_path / "b", small), questions, questions)
+    assert [weights(one.model) for one in other] == [weights(one.model) for one in first]
+    assert all(a.evaluation.equals(b.evaluation) for a, b in zip(first, other, strict=True))
+    steps = ("samples", "sft", "dev-answers")
+    expected = [f"r{n:02d}-{step}" for n in range(3) for step in steps]
+    assert stages(run) == [name for name in expected if name != "r00-sft"]
+
+
+def test_every_round_starts_from_the_merged_weights_before(
+    small, tmp_path, questions, engine, edge, learnt
+):
+    results = run_chain(Run(tmp_path, small), questions, questions, edge)
+    raw, *models = [result.model for result in results]
+    # Labelled by the checkpoint before; asleep while training; the caller's slot stays open
+    assert engine.events == [
+        f"made with {raw.name}", "sleep", models[0], "sleep", models[1],
+    ]  # fmt: skip
+    stage = read_json(models[1].parent / "stage.json")
+    assert stage["inputs"] == [f"{models[0].parent.name}/model"]
+    assert [result.training for result in results] == [{}, {"rows": 9}, {"rows": 9}]
+
+
+def test_rotation_replay_and_buffer(small, tmp_path, questions, edge, learnt):
+    settings = override(small, {"rounds": 5, "new_rows": 2, "calibration_rows": 4})
+    results = run_chain(Run(tmp_path, settings), questions, questions, edge)
+    turns = ["finance", "law", "finance", "law", "finance"]
+    assert [result.domain for result in results[1:]] == turns
+    new = [[row["id"] for row in result.rows] for result in results]
+    buffer = list(new[0])
+    for number, rows in enumerate(learnt, 1):
+        ids = [row["id"] for row in rows]
+        assert ids[:2] == new[number] and len(ids) == 2 + min(5, len(buffer))
+        assert set(ids[2:]) <= set(buffer)
+        buffer += new[number]
+    # 12 questions, of which 4 + 2 * 5 are asked: fresh ones while there are any
+    assert len(set(buffer)) == 4 + 4 * 2 < len(buffer)
+    assert [row["id"] for row in buffer_rows(results)] == buffer
+
+
+def test_no_replay_and_relabelled_replay(small, tmp_path, questions, edge, learnt):
+    none = override(small, {"replay_rows": 0})
+    run_chain(Run(tmp_path / "a", none), questions, questions, edge)
+    assert [len(rows) for rows in learnt] == [4, 4]
+    again = Run(tmp_path / "b", override(small, {"relabel_replay": True}))
+    run_chain(again, questions, questions, edge)
+    assert [len(rows) for rows in learnt[2:]] == [9, 9]
+    assert {"r01-replay-samples", "r02-replay-samples"} <= set(stages(again))
+
+
+def test_only_what_changed_is_computed_again(small, tmp_path, questions, engine, edge, learnt):
+    for changes, asked, trained in (
+        ({}, 6 * 4 + 4 + 2 * (4 * 4 + 4), 2),
+        ({"tau": 0.25}, 0, 0),
+        ({"rounds": 3}, 4 * 4 + 4, 1),
+        ({"lora.r": 8}, 4 + 4 * 4 + 4, 2),  # the first round's labels stand
+        ({"top_p": 0.9}, 6 * 4 + 2 * 4 * 4, 0),  # the same labels, so the same training
+    ):
+        before = engine.asked, len(learnt)
+        run = Run(tmp_path, override(small, changes))
+        run_chain(run, questions, questions, edge)
+        assert (engine.asked - before[0], len(learnt) - before[1]) == (asked, trained), changes
+
+
+def test_format_install_trains_on_the_teachers_labels(
+    small, tmp_path, questions, engine, edge, learnt
+):
+    teacher = make_model(tmp_path / "teacher", seed=1)
+    settings = override(small, {"edge.format_install": {"labels_from": str(teacher)}, "rounds": 0})
+    (base,) = run_chain(Run(tmp_path / "run", settings), questions, questions, edge)
+    assert [row["id"] for row in learnt[0]] == [row["id"] for row in base.rows]
+    assert base.model.parent.name.startswith("r00-sft") and len(learnt) == 1
+    # The teacher's engine cannot take the edge model's weights: it is closed, and another made
+    assert engine.events == ["made with teacher", "close", "made with model"]
+
+
+# ---- labels: controls, and what the cloud says
+
+
+def test_frozen_labels_are_those_of_the_raw_model(small, tmp_path, questions, edge, learnt):
+    run = Run(tmp_path, override(small, {"label_control": "frozen", "relabel_replay": True}))
+    results = run_chain(run, questions, questions, edge)
+    inputs = {
+        row["stage"].rsplit("-", 1)[0]: row["inputs"]
+        for row in read_jsonl(run.folder / "manifest.jsonl")
+    }
+    labelled = [f"r{n:02d}-{step}" for n in (1, 2) for step in ("samples", "replay-samples")]
+    assert all(inputs[name] == inputs["r00-samples"] for name in labelled)
+    assert inputs["r02-sft"] == [f"{results[1].model.parent.name}/model"], "the chain goes on"
+
+
+def test_random_labels_are_drawn_from_the_buffers(small, tmp_path, questions, edge, learnt):
+    settings = override(small, {"label_control": "random", "calibration_rows": 12, "rounds": 1})
+    run = Run(tmp_path, settings)
+    results = run_chain(run, questions, questions, edge)
+    drawn = {row["confidence"] for row in results[1].rows}
+    assert drawn <= {row["confidence"] for row in results[0].rows} == {0.0, 1.0}
+
+
+def cloud_of(monkeypatch: pytest.MonkeyPatch, failing: bool = False) -> list[Scripted]:
+    """The clouds that are made: they answer B, the third question unreadably."""
+    made: list[Scripted] = []
+
+    def make(settings: Settings) -> Scripted:
+        made.append(Scripted(answer="B", texts={2: "I pass.", **dict.fromkeys([1] * failing)}))
+        return made[-1]
+
+    monkeypatch.setattr(evaluation, "cloud_engine", make)
+    return made
+
+
+@pytest.mark.parametrize("setting", ["answer_target", "label_reference"])
+def test_the_clouds_letters_are_asked_once_and_taught_or_counted(
+    setting, small, tmp_path, questions, edge, learnt, monkeypatch
+):
+    made = cloud_of(monkeypatch)
+    settings = override(small, {setting: "cloud", "relabel_replay": True})
+    run = Run(tmp_path, settings)
+    results = run_chain(run, questions, questions, edge)
+    gold = {question.id: question.answer for question in questions}
+    rows = buffer_rows(results)
+    assert len(rows) == 6 + 2 * 4 - 1, "the unreadable answer teaches nothing"
+    if setting == "answer_target":
+        assert {row["answer"] for row in rows} == {"B"}
+        assert all(row["confidence"] == float(gold[row["id"]] == "A") for row in rows)
+    else:  # the edge says A: wrong wherever the cloud says B
+        assert [row["answer"] for row in rows] == [gold[row["id"]] for row in rows]
+        assert {row["confidence"] for row in rows} == {0.0}
+    wrong = sum(gold[row["id"]] != "B" for row in rows) + 1
+    assert sum(int(result.record()["cloud wrong"]) for result in results) == wrong
+    assert run_chain(run, questions, questions, edge)[2].rows == results[2].rows
+    assert len(made) == 1 and stages(run)[0] == "chain-cloud-answers"
+
+
+def test_a_chain_needs_all_of_the_clouds_letters(
+    small, tmp_path, questions, edge, learnt, monkeypatch
+):
+    run = Run(tmp_path, override(small, {"answer_target": "cloud"}))
+    made = cloud_of(monkeypatch, failing=True)
+    for attempt in (1, 2):
+        with pytest.raises(EngineError, match="run again to resume"):
+            run_chain(run, questions, questions, edge)
+        assert len(made) == attempt, "an outage is not kept"
+    cloud_of(monkeypatch)
+    assert len(run_chain(run, questions, questions, edge)) == 3
+
+
+# ---- its parts
+
+
+def test_the_calibration_buffer_is_balanced(small, questions):
+    chosen = calibration_questions(questions, override(small, {"calibration_rows": 5}))
+    counts = {domain: len(group) for domain, group in by_domain(chosen).items()}
+    assert counts == {"finance": 3, "law": 2}
+
+
+def test_a_domain_without_questions_is_told(small, tmp_path, questions, edge):
+    run = Run(tmp_path, override(small, {"domains": ["law", "alchemy"]}))
+    expected = r"domains: no training questions for alchemy; there are finance"
+    with pytest.raises(SettingsError, match=expected):
+        run_chain(run, questions, questions, edge)
+
+
+def test_replay_draws_without_repetition():
+    rows: Any = [{"id": str(index)} for index in range(10)]
+    assert len({row["id"] for row in replay(rows, 7, seed=1)}) == 7
+    assert len(replay(rows, 99, seed=1)) == 10 and replay(rows, 7, 1) == replay(rows, 7, 1)
+
+
+def test_a_rounds_metrics_by_hand(small, tmp_path, questions, edge, learnt):
+    result = run_chain(Run(tmp_path, override(small, {"rounds": 0})), questions, questions, edge)[0]
+    n = len(result.evaluation)
+    right = [1, 0] + [0] * (n - 2)
+    stated = [1.0, 0.25, 0.5] + [None] * (n - 3)
+    table = result.evaluation.assign(local_correct=right, confidence=stated)
+    table = table.astype({"confidence": float})
+    metrics = type(result)(**{**vars(result), "evaluation": table}).metrics
+    assert (metrics["n"], metrics["local_accuracy"]) == (4, 1 / 4)
+    assert (metrics["kept"], metrics["parsed"], metrics["auroc"]) == (2 / 4, 3 / 4, 1.0)
+    assert metrics["mean_confidence"] == pytest.approx(1.75 / 3)
+    assert metrics["ece_bucket"] == pytest.approx((0 + 0.25 + 0.5) / 3)
+
+
+@pytest.mark.parametrize("sentinel", ['{"results": {"edge": "%s", "checkpoint": "r1"}}', "", "[]"])
+def test_the_best_checkpoint_at_hand(sentinel, small, tmp_path):
+    """That of the run, if 02 finished with this edge model; a broken sentinel is none."""
+    run = Run(tmp_path / "run", small)
+    edge = Path(small.edge.model)
+    assert trained_checkpoint(run) == edge
+    (run.folder / "r1").mkdir()
+    done = run.folder / "done" / "02_rounds.json"
+    done.parent.mkdir(exist_ok=True)
+    done.write_text(sentinel.replace("%s", small.edge.model))
+    assert trained_checkpoint(run) == (run.folder / "r1" if "%s" in sentinel else edge)
+    other = Run(tmp_path / "run", override(small, {"edge.model": "data/pocket/edge"}))
+    assert trained_checkpoint(other) == ROOT / "data/pocket/foggen-r14"
+
+
+def test_the_edge_slot_makes_the_engine_of_the_settings(small, monkeypatch):
+    made: list[Any] = []
+    monkeypatch.setattr("foggen.chain.make_engine", lambda *args, **more: made.append((args, more)))
+    edge_slot(override(small, {"engine_options": {"token_budget": 7}})).load(Path("m"))
+    assert made == [(("transformers", Path("m")), {"dtype": "float32", "token_budget": 7})]
+
+
+# ---- the open-ended branch
+
+OPEN = [
+    OpenQuestion(id=f"s{i}", task="squad", question="Who?", context=f"C{i}", answers=("A",))
+    for i in range(4)
+] + [
+    OpenQuestion(id=f"g{i}", task="gsm8k", question=f"{i}+1?", answers=(str(i + 1),))
+    for i in range(4)
+]
+
+
+def test_the_branch_replays_the_buffer_and_drops_unsolved_problems(
+    small: Settings, tmp_path: Path, questions: list[Question], edge: EngineSlot, learnt: Any
+) -> None:
+    sizes = {"squad": 3, "truthfulqa": 0, "gsm8k": 4, "replay": 99}
+    values = {f"open_ended.r15.{task}": n for task, n in sizes.items()}
+    run = Run(tmp_path / "run", override(small, {**values, "rounds": 1}))
+    rounds = run_chain(run, questions, questions, edge)
+    branch = run_r15(run, rounds, OPEN, edge)
+    counts = {row.pop("task"): row for row in branch.counts}
+    none = {"unparsed": 0, "truncated": 0}
+    assert counts["squad"] == {"questions": 4, "no_trace": 0, "surplus": 1, "rows": 3, **none}
+    assert counts["gsm8k"] == {"questions": 4, "no_trace": 3, "surplus": 0, "rows": 1, **none}
+    buffer = buffer_rows(rounds)
+    assert sorted(row["id"] for row in branch.replayed) == sorted(row["id"] for row in buffer)
+    assert learnt[-1] == [*branch.rows, *branch.replayed] and branch.model.is_dir()
+    again = run_r15(run, rounds, OPEN, edge)
+    assert again.model == branch.model and len(learnt) == 2
+
+
+# ---- killed
+
+KILLED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from tiny import make_questions
+from foggen.chain import run_chain
+from foggen.config import Settings
+from foggen.store import Run, write_json
+settings = Settings.model_validate_json(Path(sys.argv[2]).read_text())
+run, questions = Run(sys.argv[1], settings), make_questions()
+results = run_chain(run, questions, questions)
+write_json(run.folder / "table.json", [result.record() for result in results])
+"""
+
+
+@pytest.mark.slow
+def test_ten_kills_end_with_the_same_chain(small, tmp_path):
+    """kill -9 at random moments of real training: table and weights are an unbroken run's."""
+    file = tmp_path / "settings.json"
+    file.write_text(override(small, {"rounds": 6}).model_dump_json())
+
+    def start(run: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", KILLED, str(run), str(file), str(ROOT / "tests")]
+        return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT / "lib")})
+
+    started = time.time()
+    assert start(tmp_path / "whole").wait() == 0
+    whole = time.time() - started
+    rng = random.Random(0)
+    killed = 0
+    for _ in range(10):
+        process = start(tmp_path / "run")
+        time.sleep(rng.uniform(0.3, 0.9) * whole)
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+    assert start(tmp_path / "run").wait() == 0 and killed > 0
+
+    def ends(run: Path) -> tuple[Any, dict[str, str]]:
+        models = {path.name: weights(path / "model") for path in (run / "stages").glob("r*-sft-*")}
+        return json.loads((run / "table.json").read_text()), models
+
+    assert str(ends(tmp_path / "run")) == str(ends(tmp_path / "whole"))

@@ -1,0 +1,228 @@
+"""Evaluation: from a checkpoint to its outcomes table, with a scripted engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from scripted import Scripted, slot
+
+from foggen import evaluation, routing
+from foggen.config import Settings, override
+from foggen.engines import EngineSlot
+from foggen.evaluation import (
+    answers,
+    cloud_engine,
+    evaluated_questions,
+    judged,
+    open_outcomes,
+    outcomes,
+    scores,
+    verifications,
+)
+from foggen.questions import OpenQuestion, Question
+from foggen.store import Run, read_jsonl
+
+MODEL = Path(__file__)  # a file stands for weights
+OPEN = [
+    OpenQuestion(id=f"s{i}", task="squad", question="Who?", context=f"C{i}", answers=("A",))
+    for i in range(4)
+] + [
+    OpenQuestion(id=f"g{i}", task="gsm8k", question=f"{i}+1?", answers=(str(i + 1),))
+    for i in range(4)
+]
+
+
+@pytest.fixture
+def engine() -> Scripted:
+    return Scripted()
+
+
+@pytest.fixture
+def edge(engine: Scripted) -> EngineSlot:
+    return slot(engine)
+
+
+def set_cloud(monkeypatch: pytest.MonkeyPatch, cloud: Scripted, edge: Scripted) -> None:
+    """The cloud, whose making is an event of the edge engine."""
+
+    def make(settings: Settings) -> Scripted:
+        edge.events.append("cloud made")
+        return cloud
+
+    monkeypatch.setattr(evaluation, "cloud_engine", make)
+
+
+@pytest.fixture(autouse=True)
+def cloud(monkeypatch: pytest.MonkeyPatch, engine: Scripted) -> Scripted:
+    cloud = Scripted("0.5", "B")
+    set_cloud(monkeypatch, cloud, engine)
+    return cloud
+
+
+# ---- multiple choice
+
+
+def test_an_outcomes_table_has_all_columns_and_is_asked_for_once(
+    small: Settings, tmp_path: Path, questions: list[Question], engine: Scripted, edge: EngineSlot
+) -> None:
+    run = Run(tmp_path, small)
+    table = routing.check_outcomes(outcomes(run, edge, questions, MODEL, "test-r14"))
+    assert set(routing.Outcome.model_fields) <= set(table)
+    assert table["id"].tolist() == [question.id for question in questions]
+    assert table["question"].tolist() == [question.question for question in questions]
+    for side, letter in (("local", "A"), ("cloud", "B")):
+        right = [float(question.answer == letter) for question in questions]
+        assert table[f"{side}_correct"].tolist() == right
+        assert set(table[f"{side}_answer"]) == {letter}
+    assert set(table["verification"]) == {1.0} and set(table["votes"]) == {"A" * small.samples}
+    assert np.allclose(table["p_true"], 0.75) and np.allclose(table["expected_confidence"], 0.5)
+    assert np.allclose(table["option_probability"], 1 / table["n_options"])
+    # The edge engine makes room for the cloud, and nothing is asked twice
+    assert engine.events[-2:] == ["close", "cloud made"]
+    asked = engine.asked
+    again = routing.check_outcomes(outcomes(run, edge, questions, MODEL, "test-r14"))
+    pd.testing.assert_frame_equal(again, table)
+    texts = verifications(run, edge, questions, MODEL, "test-r14")["texts"]
+    assert engine.asked == asked and texts.str.len().eq(small.automix.k).all()
+    stages = [row["stage"].rsplit("-", 1)[0] for row in read_jsonl(tmp_path / "manifest.jsonl")]
+    parts = [f"test-r14-{part}" for part in ("answers", "scores", "votes", "verification")]
+    assert sorted(stages) == sorted([*parts, "test-cloud-answers"])
+
+
+def test_an_unreadable_answer_has_nothing_to_judge_or_to_keep(
+    small: Settings, tmp_path: Path, questions: list[Question], engine: Scripted, edge: EngineSlot
+) -> None:
+    engine.texts = {1: "Confidence: 1.0\nFinal answer: perhaps", 3: ""}
+    table = outcomes(Run(tmp_path, small), edge, questions, MODEL, "test-r14")
+    unread = table["local_answer"].isna()
+    assert np.flatnonzero(unread).tolist() == [1, 3]
+    assert table["confidence"].isna().equals(unread), "no confidence without an answer"
+    assert table["p_true"].isna().equals(unread) and np.allclose(table["p_true"].dropna(), 0.75)
+    assert table["verification"].tolist() == [float(not one) for one in unread]
+    assert table["expected_confidence"].notna().all()
+    engine.texts = {n: "" for n in range(len(questions))}  # of every question
+    none = scores(Run(tmp_path / "none", small), edge, questions, MODEL, "test-r14")
+    assert none["p_true"].isna().all() and none["option_probability"].notna().all()
+
+
+def test_scores_and_verifications_are_those_of_the_greedy_answers(
+    small: Settings, tmp_path: Path, questions: list[Question], engine: Scripted, edge: EngineSlot
+) -> None:
+    """Other answers are scored anew; the same answers, asked for anew, are not."""
+    n, k = len(questions), small.automix.k
+    parts, expected = ("scores", "verification"), n + 2 * n + k * n
+    for tokens, answer, asked in ((6, "A", expected), (7, "A", n), (8, "B", expected)):
+        engine.answer, before = answer, engine.asked
+        run = Run(tmp_path, override(small, {"max_new_tokens": tokens}))
+        outcomes(run, edge, questions, MODEL, "test-r14", parts)
+        assert engine.asked - before == asked, tokens
+
+
+def test_the_cloud_that_fails_is_shown_and_asked_again(
+    small: Settings,
+    tmp_path: Path,
+    questions: list[Question],
+    engine: Scripted,
+    edge: EngineSlot,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The local answer stands in; an empty answer is the cloud's, and wrong."""
+    run = Run(tmp_path, small)
+    set_cloud(monkeypatch, Scripted(answer="B", texts={0: None, 2: None, 1: ""}), engine)
+    tables = {
+        (0, 2): outcomes(run, edge, questions, MODEL, "test-r14"),
+        (0, 2, 4, 6): open_outcomes(run, edge, OPEN, MODEL, "open-r14"),  # two tasks, two calls
+    }
+    assert capfd.readouterr().err.count("asks again") == 2
+    for failed, table in tables.items():
+        checked, rows = routing.check_outcomes(table), list(failed)
+        assert np.flatnonzero(checked["cloud_failed"]).tolist() == rows
+        for part in ("answer", "correct"):
+            assert checked[f"cloud_{part}"][rows].equals(
+                checked[f"local_{part}"][rows].rename(f"cloud_{part}")
+            )
+        assert checked["cloud_correct"][1] == 0
+    set_cloud(monkeypatch, Scripted(answer="B"), engine)
+    table = outcomes(run, edge, questions, MODEL, "test-r14", ())
+    assert not table["cloud_failed"].any() and set(table["cloud_answer"]) == {"B"}
+    set_cloud(monkeypatch, Scripted(answer="C"), engine)
+    again = outcomes(run, edge, questions, MODEL, "test-r14", ())
+    assert again.equals(table), "whole answers are kept"
+
+
+def test_the_question_set_is_the_same_for_every_seed(small: Settings, questions: Any) -> None:
+    chosen = [
+        evaluated_questions(questions, override(small, {"seed": seed, "test_questions": 6}))
+        for seed in (0, 1)
+    ]
+    assert chosen[0] == chosen[1] and len(chosen[0]) == 6
+    assert evaluated_questions(questions, small) == questions
+
+
+# ---- the cloud
+
+
+def test_the_cloud_engine_is_that_of_the_profile(
+    small: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    made: list[Any] = []
+    monkeypatch.setattr(evaluation, "make_engine", lambda *args, **more: made.append((args, more)))
+    cloud_engine(override(small, {"cloud.model": str(tmp_path), "cloud.options": {"x": 1}}))
+    server = {"engine": "openai", "model": "m", "base_url": "http://h/v1", "key_variable": "KEY"}
+    values = {f"cloud.{name}": value for name, value in server.items()}
+    cloud_engine(override(small, {**values, "cloud.on_failure": "keep_local"}))
+    keyed = {"base_url": "http://h/v1", "key_variable": "KEY", "on_failure": "keep_local"}
+    assert made == [
+        (("transformers", tmp_path), {"dtype": "float32", "x": 1}),
+        (("openai", "m"), keyed),
+    ]
+
+
+def test_a_server_needs_no_room(
+    small: Settings, tmp_path: Path, questions: list[Question], engine: Scripted, edge: EngineSlot
+) -> None:
+    run = Run(tmp_path, override(small, {"cloud.engine": "openai"}))
+    answers(run, edge, questions, MODEL, "test-r14")
+    evaluation.cloud_answers(run, edge, questions, "test")
+    assert engine.events == [f"made with {MODEL.name}", "cloud made"]
+
+
+# ---- open-ended
+
+
+def test_open_ended_outcomes_are_a_table_for_routing(
+    small: Settings, tmp_path: Path, edge: EngineSlot, engine: Scripted
+) -> None:
+    run = Run(tmp_path, small)
+    engine.texts = {0: "Confidence: 1.0\nI do not know."}
+    table = routing.check_outcomes(open_outcomes(run, edge, OPEN, MODEL, "open-r14"))
+    assert table["local_correct"].tolist() == [0, 1, 1, 1, 0, 1, 0, 0]
+    assert table["confidence"].isna().tolist() == [True] + [False] * 3 + [True] + [False] * 3
+    assert routing.routing_table(table, resamples=10)["domain"].tolist() == [
+        "squad",
+        "gsm8k",
+        "mean",
+    ]
+
+
+def test_the_cloud_judges_what_is_no_matter_of_form(
+    small: Settings, tmp_path: Path, edge: EngineSlot, cloud: Scripted
+) -> None:
+    told = [
+        OpenQuestion(id=f"t{i}", task="truthfulqa", question="Why?", answers=("so",))
+        for i in range(3)
+    ]
+    run = Run(tmp_path, small)
+    cloud.texts = {0: "Correct.", 1: "Incorrect", 2: "Hm."}
+    grades = judged(run, edge, [*OPEN, *told], MODEL, "open-r14")
+    assert grades["id"].tolist() == ["t0", "t1", "t2"]
+    assert grades["correct"].tolist()[:2] == [1.0, 0.0] and np.isnan(grades["correct"][2])
+    asked = cloud.asked
+    assert judged(run, edge, [*OPEN, *told], MODEL, "open-r14").equals(grades)
+    assert cloud.asked == asked
