@@ -1,75 +1,65 @@
-"""The transformers engine on a tiny random Qwen3: equal to `model.generate`, and exact where it says so."""
+"""Local engines on tiny random models: equal to `model.generate`, exact, and independent of neighbours.
+
+vLLM is played by a fake that writes with the same tiny model: what our engine asks of it is checked.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import math
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tiny import make_model, make_tokenizer
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BloomConfig,
     Gemma3TextConfig,
+    GenerationConfig,
     GPT2Config,
     LlamaConfig,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
-from foggen.engines import EngineError, Sampling, make_engine
-from foggen.engines.transformers_engine import TransformersEngine, split_prefix
-from foggen.prompts import Messages, encode_chat
+from foggen.engines import EngineError, EngineSlot, Sampling, base, make_engine
+from foggen.engines import transformers_engine as module
+from foggen.engines.transformers_engine import TransformersEngine
+from foggen.engines.vllm_engine import VLLMEngine, beginnings
+from foggen.prompts import Messages, encode_chat, plain_ids
 
-TEMPLATE = (
-    "{%- for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{%- endfor %}"
-    "{%- if add_generation_prompt %}<|im_start|>assistant\n{%- endif %}"
-)
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    raw.train_from_iterator(["Confidence: 0.75\nFinal answer: A", "You are a self-aware assistant. Rules"], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
-
-
-def tiny_model(vocabulary: int, seed: int = 0, **changes: int) -> Qwen3ForCausalLM:
-    torch.manual_seed(seed)
-    sizes = {
-        "vocab_size": vocabulary,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "initializer_range": 0.2,
-    }
-    model = Qwen3ForCausalLM(Qwen3Config(**{**sizes, **changes}, tie_word_embeddings=True)).eval()
-    model.generation_config.eos_token_id = [
-        2,
-        *range(40, vocabulary, 12),
-    ]  # a random model ends somewhere, too
-    return model
+ENDS = [" 0.75\nFinal answer: A", " 0.75", " 0.5", " 0.75\nFinal answer: B", " A", " 1.0"]
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[TransformersEngine]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_ends(make_model(tmp_path_factory.mktemp("model"), hidden=64))
+
+
+def with_ends(folder: Path, step: int = 12, scale: float = 4) -> Path:
+    """The model with every `step`th token as an end token, and with larger weights: surer."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for weight in model.parameters():
+        weight.data *= scale if weight.dim() > 1 else 1
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model.generation_config.eos_token_id = [
+        tokenizer.eos_token_id,
+        *range(40, len(tokenizer), step),
+    ]
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> TransformersEngine:
     torch.set_num_threads(1)
-    tokenizer = tiny_tokenizer()
-    yield TransformersEngine(tiny_model(len(tokenizer)), tokenizer, "tiny")
+    return TransformersEngine(folder, dtype="float32")
 
 
 def chats(count: int) -> list[Messages]:
@@ -82,152 +72,450 @@ def chats(count: int) -> list[Messages]:
     ]
 
 
-def one_by_one(engine: TransformersEngine, prompt: Messages, tokens: int) -> list[int]:
+def generated(engine: TransformersEngine, prompt: Messages, tokens: int) -> list[int]:
+    """What `model.generate` makes of one prompt."""
     ids = torch.tensor([encode_chat(engine.tokenizer, prompt)])
-    out = engine.model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, pad_token_id=0
-    )
-    return out[0, ids.shape[1] :].tolist()
+    settings = {"do_sample": False, "max_new_tokens": tokens, "pad_token_id": 0}
+    out = engine.model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    return out[0, ids.shape[1] :].tolist()  # type: ignore[no-any-return]
+
+
+def chain_rule(
+    engine: TransformersEngine, prompt: Messages, text: str, temperature: float, top_p: float = 1, top_k: int = 0
+) -> float:  # fmt: skip
+    """log P(text | prompt), token by token from whole passes, in double precision."""
+    ids, more = encode_chat(engine.tokenizer, prompt), plain_ids(engine.tokenizer, text)
+    with torch.no_grad():
+        logits = engine.model(torch.tensor([ids + more])).logits[0, len(ids) - 1 : -1].double()
+    total = 0.0
+    for row, token in zip(logits / temperature, more, strict=True):
+        order = row.argsort(descending=True)[: top_k or None]
+        held = row[order].softmax(-1).cumsum(-1)
+        allowed = order[: 1 + int((held < top_p).sum())].tolist()
+        total += float(row[token] - row[allowed].logsumexp(-1)) if token in allowed else -math.inf
+    return total
+
+
+# --------------------------------------------------------------------------------------------------
+# transformers
+
+
+@pytest.fixture(scope="module")
+def wanted(engine: TransformersEngine) -> list[list[int]]:
+    return [generated(engine, prompt, 16) for prompt in chats(20)]
 
 
 @pytest.mark.parametrize("budget", [1, 200, 100_000])
-def test_greedy_is_generate_token_by_token(engine: TransformersEngine, budget: int) -> None:
-    small = TransformersEngine(engine.model, engine.tokenizer, token_budget=budget)
-    prompts = chats(24)
-    mine = small.generate(prompts, Sampling(max_tokens=20))
-    theirs = [one_by_one(engine, prompt, 20) for prompt in prompts]
-    for (got,), want in zip(mine, theirs, strict=True):
-        assert got.text == engine.tokenizer.decode(want, skip_special_tokens=True)
-        assert (got.tokens, got.finished) == (len(want), want[-1] in engine.end_ids)
-    assert {got.finished for (got,) in mine} == {True, False}
+def test_greedy_is_generate_token_by_token(
+    engine: TransformersEngine, folder: Path, wanted: list[list[int]], budget: int
+) -> None:
+    small = TransformersEngine(folder, "float32", token_budget=budget)
+    answers = [answer for (answer,) in small.generate(chats(20), Sampling(max_tokens=16))]
+    for answer, ids in zip(answers, wanted, strict=True):
+        assert answer.text == engine.tokenizer.decode(ids, skip_special_tokens=True)
+        assert (answer.tokens, answer.finished) == (len(ids), ids[-1] in engine.end_ids)
+    assert {answer.finished for answer in answers} == {True, False}
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "llama", "gpt2", "bloom"])
-def test_other_architectures(engine: TransformersEngine, kind: str) -> None:
+def test_other_architectures(tmp_path: Path, kind: str) -> None:
+    tokenizer = make_tokenizer()
     torch.manual_seed(0)
     small = {
-        "vocab_size": len(engine.tokenizer),
+        "vocab_size": len(tokenizer),
         "hidden_size": 64,
         "num_hidden_layers": 2,
         "initializer_range": 0.2,
     }
-    more = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 128}
-    config = {
+    more = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "intermediate_size": 128,
+    }
+    config: Any = {
         "gemma3": lambda: Gemma3TextConfig(**small, **more, sliding_window=96),
         "llama": lambda: LlamaConfig(**small, **more),
-        "gpt2": lambda: GPT2Config(vocab_size=len(engine.tokenizer), n_embd=64, n_layer=2, n_head=4),
+        "gpt2": lambda: GPT2Config(vocab_size=len(tokenizer), n_embd=64, n_layer=2, n_head=4),
         "bloom": lambda: BloomConfig(**small, n_head=4),
-    }[kind]()
-    model = AutoModelForCausalLM.from_config(config).eval()
-    model.generation_config.eos_token_id = [2, *range(40, 300, 12)]
-    other = TransformersEngine(model, engine.tokenizer)
-    lengths = [8, 96] if kind == "gemma3" else [12]  # 96 tokens leave its sliding window
-    for tokens in lengths:
-        for prompt, (got,) in zip(chats(7), other.generate(chats(7), Sampling(max_tokens=tokens)), strict=True):
-            want = one_by_one(other, prompt, tokens)
-            assert got.text == other.tokenizer.decode(want, skip_special_tokens=True)
-    ends = [" 0.75\nFinal answer: A", " 0.75", " B" * max(lengths)]
-    ids = encode_chat(other.tokenizer, chats(1)[0])
-    (scores,) = other.score(chats(1), [ends], 0.7)
-    for text, got in zip(ends, scores, strict=True):
-        more = other.tokenizer(text)["input_ids"]
-        logits = model(torch.tensor([ids + more])).logits[0, len(ids) - 1 : -1].detach().double() / 0.7
-        want = logits.log_softmax(-1)[range(len(more)), more].sum()
-        assert got == pytest.approx(float(want), abs=1e-3)
+    }[kind]()  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    engine = TransformersEngine(with_ends(tmp_path, scale=1), "float32")
+    for tokens in [96] if kind == "gemma3" else [12]:  # 96 tokens leave its sliding window
+        for prompt, (answer,) in zip(
+            chats(7), engine.generate(chats(7), Sampling(max_tokens=tokens)), strict=True
+        ):
+            ids = generated(engine, prompt, tokens)
+            assert answer.text == tokenizer.decode(ids, skip_special_tokens=True)
+    texts = [*ENDS, " B" * (96 if kind == "gemma3" else 12)]
+    scores = engine.score(chats(3), [texts] * 3, 0.7)
+    for prompt, row in zip(chats(3), scores, strict=True):
+        assert row == pytest.approx(
+            [chain_rule(engine, prompt, text, 0.7) for text in texts], abs=1e-3
+        )
 
 
-def test_single_prompt_and_no_prompt(engine: TransformersEngine) -> None:
-    assert engine.generate([], Sampling()) == []
-    assert engine.score([], []) == []
+def test_one_prompt_and_none(engine: TransformersEngine) -> None:
+    assert engine.generate([], Sampling()) == [] == engine.score([], [])
     assert engine.score(chats(2), [[], []]) == [[], []]
     alone = engine.generate(chats(1), Sampling(max_tokens=8))
     assert alone[0] == engine.generate(chats(4), Sampling(max_tokens=8))[0]
+    with pytest.raises(EngineError, match="a text is empty"):
+        engine.score(chats(1), [["A", ""]])
 
 
-def test_samples_do_not_depend_on_neighbours_or_batches(engine: TransformersEngine) -> None:
+def test_samples_do_not_depend_on_neighbours_or_batches(
+    engine: TransformersEngine, folder: Path
+) -> None:
     sampling = Sampling(n=4, temperature=0.9, max_tokens=6, seed=3)
     together = engine.generate(chats(10), sampling)
-    tight = TransformersEngine(engine.model, engine.tokenizer, token_budget=100)
-    assert tight.generate(chats(10), sampling) == together
+    assert (
+        TransformersEngine(folder, "float32", token_budget=100).generate(chats(10), sampling)
+        == together
+    )
     assert engine.generate(chats(10)[7:], sampling) == together[7:]
-    assert engine.generate(chats(10), Sampling(n=4, temperature=0.9, max_tokens=6, seed=4)) != together
+    assert (
+        engine.generate(chats(10), Sampling(n=4, temperature=0.9, max_tokens=6, seed=4)) != together
+    )
     twice = engine.generate(chats(1) * 2, sampling)
     assert twice[0] == together[0] and twice[1] != twice[0]
 
 
-def test_score_is_the_chain_rule(engine: TransformersEngine) -> None:
+def test_samples_are_drawn_by_the_numbers_of_seed_prompt_and_occurrence() -> None:
+    noise = module.sample_noise([[5, 6], [7], [5, 6]], Sampling(n=2, max_tokens=3, seed=9))
+    for row, prompt, occurrence in zip(noise, ([5, 6], [7], [5, 6]), (0, 0, 1), strict=True):
+        key = hashlib.sha256((repr((9, prompt)) + repr(occurrence)).encode()).digest()[:16]
+        generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+        assert row.tolist() == generator.random((2, 3)).tolist()
+    logits = torch.tensor([[0.0, 1.0, 2.0]]).repeat(4, 1) * 0.7
+    drawn = module.pick_tokens(
+        logits, torch.arange(4), Sampling(temperature=0.7), torch.tensor([0.0, 0.09, 0.1, 0.34])
+    )
+    assert drawn.tolist() == [0, 0, 1, 2]  # shares .090, .245, .665
+
+
+def test_a_token_that_is_ruled_out_is_never_drawn() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0, 0.0, -1.0]])
+    numbers = torch.cat(
+        [torch.linspace(0, 1, 999, dtype=torch.float64), torch.tensor([1 - 2**-53])]
+    )
+    for changes, allowed in (({"top_k": 2}, {1, 2}), ({"top_p": 0.6}, {1}), ({"top_p": 0.7}, {1, 2}),
+                             ({"top_k": 1, "top_p": 0.99}, {1}), ({}, {0, 1, 2, 3, 4})):  # fmt: skip
+        drawn = module.pick_tokens(
+            logits,
+            torch.zeros(1000, dtype=torch.long),
+            Sampling(temperature=1.0, **changes),
+            numbers,
+        )
+        assert set(drawn.tolist()) == allowed
+
+
+@pytest.mark.parametrize("top", [{}, {"top_k": 20}, {"top_p": 0.8}, {"top_p": 0.8, "top_k": 20}])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_score_is_the_chain_rule(
+    engine: TransformersEngine, temperature: float, top: dict[str, Any]
+) -> None:
     prompts = [[*chat, {"role": "assistant", "content": "Confidence:"}] for chat in chats(5)]
-    ends = [
-        [" 0.75\nFinal answer: A", " 0.75", " 0.5", " 0.75\nFinal answer: B"],
-        [" A"],
-        [],
-        [" B", " B"],
-        [" 1"],
-    ]
-    for temperature in (1.0, 0.7):
-        scores = engine.score(prompts, ends, temperature)
-        assert [len(row) for row in scores] == [4, 1, 0, 2, 1]
-        for prompt, texts, row in zip(prompts, ends, scores, strict=True):
-            for text, got in zip(texts, row, strict=True):
-                ids = encode_chat(engine.tokenizer, prompt)
-                more = engine.tokenizer(text)["input_ids"]
-                logits = engine.model(torch.tensor([ids + more])).logits[0].detach().double() / temperature
-                want = sum(float(logits[len(ids) + k - 1].log_softmax(-1)[t]) for k, t in enumerate(more))
-                assert got == pytest.approx(want, abs=1e-4)
+    texts = [ENDS, [" A"], [], [" B", " B"], [" 1"]]
+    scores = engine.score(prompts, texts, temperature, **top)
+    for prompt, own, row in zip(prompts, texts, scores, strict=True):
+        wanted = [chain_rule(engine, prompt, text, temperature, **top) for text in own]
+        assert row == pytest.approx(wanted, abs=1e-4)
 
 
-def test_exact_score_is_the_mean_of_many_samples(engine: TransformersEngine) -> None:
+@pytest.mark.parametrize("top", [{}, {"top_p": 0.9, "top_k": 50}])
+def test_score_is_the_mean_of_many_samples(engine: TransformersEngine, top: dict[str, Any]) -> None:
     prompt, count = chats(1)[0], 20_000
-    drawn = engine.generate([prompt], Sampling(n=count, temperature=0.7, max_tokens=2, seed=1))[0]
-    frequent = [text for text, _ in Counter(sample.text for sample in drawn if sample.tokens == 2).most_common(30)]
-    ids = {text: engine.tokenizer(text)["input_ids"] for text in frequent}
-    texts = [text for text in frequent if len(ids[text]) == 2 and engine.tokenizer.decode(ids[text]) == text]
-    assert len(texts) >= 5
-    for text, score in zip(texts, engine.score([prompt], [texts], 0.7)[0], strict=True):
+    sampling = Sampling(n=count, temperature=0.7, max_tokens=2, seed=1, **top)
+    drawn = Counter(c.text for c in engine.generate([prompt], sampling)[0] if c.tokens == 2)
+    ids = {text: plain_ids(engine.tokenizer, text) for text, _ in drawn.most_common(30)}
+    texts = [
+        text for text in ids if len(ids[text]) == 2 and engine.tokenizer.decode(ids[text]) == text
+    ]
+    assert len(texts) >= 3
+    for text, score in zip(texts, engine.score([prompt], [texts], 0.7, **top)[0], strict=True):
         p = math.exp(score)
-        share = sum(sample.text == text for sample in drawn) / count
-        assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / count)
+        assert abs(drawn[text] / count - p) < 4 * math.sqrt(p * (1 - p) / count)
 
 
 def test_stop_strings_end_and_are_cut(engine: TransformersEngine) -> None:
     whole = engine.generate(chats(6), Sampling(max_tokens=16))
-    mark = whole[0][0].text[5]
-    cut = engine.generate(chats(6), Sampling(max_tokens=16, stop=(mark,)))
+    text = max((answer.text for (answer,) in whole), key=len)
+    mark = text[len(text) // 2]
+    cut = engine.generate(chats(6), Sampling(max_tokens=16, stop=("never", mark)))
     for (free,), (short,) in zip(whole, cut, strict=True):
         assert short.text == free.text.split(mark)[0]
         assert short.finished == (free.finished or mark in free.text)
+        assert short.tokens <= free.tokens
 
 
-def test_assistant_prefix_is_continued(engine: TransformersEngine) -> None:
-    chat = chats(1)[0]
-    first = engine.generate([chat], Sampling(max_tokens=8))[0][0]
-    head = engine.generate([chat], Sampling(max_tokens=4))[0][0].text
-    if engine.tokenizer.decode(engine.tokenizer(head)["input_ids"]) == head:
-        more = engine.generate([[*chat, {"role": "assistant", "content": head}]], Sampling(max_tokens=4))
-        assert more[0][0].tokens <= 4
-        assert first.text.startswith(head)
+def test_an_assistant_turn_is_continued(engine: TransformersEngine) -> None:
+    prompt = [*chats(1)[0], {"role": "assistant", "content": "Confidence:"}]
+    (answer,) = engine.generate([prompt], Sampling(max_tokens=8))[0]
+    ids = generated(engine, prompt, 8)
+    assert answer.text == engine.tokenizer.decode(ids, skip_special_tokens=True)
+    assert encode_chat(engine.tokenizer, prompt)[-1] == plain_ids(engine.tokenizer, ":")[0]
 
 
-def test_reload_takes_the_new_weights(engine: TransformersEngine, tmp_path: Path) -> None:
-    other = tiny_model(len(engine.tokenizer), seed=1)
-    for name, model in (("old", engine.model), ("new", other)):
-        model.save_pretrained(tmp_path / name)
-        engine.tokenizer.save_pretrained(tmp_path / name)
-    live = make_engine("transformers", tmp_path / "old", device="cpu", dtype="float32")
+def test_reload_takes_weights_and_end_tokens(folder: Path, tmp_path: Path) -> None:
+    other = with_ends(make_model(tmp_path / "other", seed=1, hidden=64), step=5)
+    live, fresh = TransformersEngine(folder, "float32"), TransformersEngine(other, "float32")
     before = live.generate(chats(5), Sampling(max_tokens=8))
-    live.reload(tmp_path / "new")
+    live.sleep()
+    live.reload(other)
     after = live.generate(chats(5), Sampling(max_tokens=8))
-    fresh = make_engine("transformers", tmp_path / "new", device="cpu", dtype="float32")
     assert after == fresh.generate(chats(5), Sampling(max_tokens=8)) != before
-    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "new"), Qwen3ForCausalLM)
+    assert live.end_ids == fresh.end_ids and len(live.end_ids) > 20
+    live.close()
 
 
-def test_split_prefix_leaves_a_token_each() -> None:
-    assert split_prefix([[1, 2, 3], [1, 2]]) == ([1], [[2, 3], [2]])
-    assert split_prefix([[5]]) == ([], [[5]])
-    assert split_prefix([[1, 2], [3]]) == ([], [[1, 2], [3]])
+def test_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert module.pick_dtype("bfloat16", cpu) == torch.bfloat16
+    for bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda bf16=bf16: bf16)
+        assert module.pick_dtype("auto", cpu) == dtype
+    for capability, dtype in (((9, 0), torch.bfloat16), ((7, 5), torch.float16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert module.pick_dtype("auto", gpu) == dtype
+
+
+# --------------------------------------------------------------------------------------------------
+# What engines share
 
 
 def test_unknown_engine_is_named() -> None:
     with pytest.raises(EngineError, match="transformers, vllm, openai"):
         make_engine("llama", "x")
+
+
+def test_prompts_have_seeds_far_apart() -> None:
+    seeds = base.prompt_seeds(0, [[1], [2], [1], [1, 2]])
+    assert len(set(seeds)) == 4 and seeds[:2] == base.prompt_seeds(0, [[1], [2]])
+    assert seeds != base.prompt_seeds(1, [[1], [2], [1], [1, 2]])
+    short = sorted(seed % 2**62 for seed in base.prompt_seeds(0, [[k] for k in range(1000)]))
+    assert min(np.diff(short)) > 1000  # vLLM's sample i has seed + i
+
+
+def test_end_tokens() -> None:
+    tokenizer = SimpleNamespace(eos_token_id=2)
+    for listed, ids in ((None, [2]), (5, [2, 5]), ([5, 2, 7], [2, 5, 7])):
+        assert base.end_tokens(SimpleNamespace(eos_token_id=listed), tokenizer) == ids
+    assert base.end_tokens(None, SimpleNamespace(eos_token_id=None)) == []
+
+
+class Recorder:
+    """An engine that notes what is done to it."""
+
+    def __init__(self, model: Path) -> None:
+        self.done = [f"make {model}"]
+
+    def reload(self, model: Path) -> None:
+        self.done.append(f"reload {model}")
+        if model.name == "broken":
+            raise OSError("broken")
+
+    def sleep(self) -> None:
+        self.done.append("sleep")
+
+    def close(self) -> None:
+        self.done.append("close")
+
+
+def test_a_slot_loads_only_what_it_needs() -> None:
+    slot = EngineSlot(Recorder)  # type: ignore[arg-type]
+    slot.sleep()
+    slot.close()
+    first = slot.load(Path("a"))
+    assert slot.load(Path("a")) is first and slot.load(Path("b")) is first
+    slot.sleep()
+    slot.sleep()
+    slot.load(Path("b"))
+    with pytest.raises(OSError, match="broken"):
+        slot.load(Path("broken"))
+    slot.load(Path("b"))
+    slot.close()
+    assert slot.load(Path("b")) is not first
+    wanted = ["make a", "reload b", "sleep", "reload b", "reload broken", "reload b", "close"]
+    assert first.done == wanted  # type: ignore[attr-defined]
+
+
+# --------------------------------------------------------------------------------------------------
+# vLLM, played by a fake
+
+
+class FakeLLM:
+    """Writes with the tiny model, as far as our engine asks for it."""
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self.writer: TransformersEngine = options.pop("writer")
+        self.options, self.requests, self.done = options, [], []
+        room = SimpleNamespace(max_model_len=options.get("max_model_len", 4096))
+        core = SimpleNamespace(shutdown=lambda: self.done.append("shutdown"))
+        self.llm_engine = SimpleNamespace(model_config=room, engine_core=core)
+
+    def get_tokenizer(self) -> Any:
+        return self.writer.tokenizer
+
+    def generate(self, prompts: Any, params: list[dict[str, Any]], use_tqdm: bool) -> list[Any]:
+        self.requests.append(params)
+        assert not use_tqdm and len(prompts) == len(params)
+        return [
+            SimpleNamespace(outputs=[self.write(p["prompt_token_ids"], own)] * own.get("n", 1))
+            for p, own in zip(prompts, params, strict=True)
+        ]
+
+    def write(self, ids: list[int], own: dict[str, Any]) -> Any:
+        """One sampled text, with the log-probabilities of the tokens asked for at each place."""
+        new: list[int] = []
+        logs: list[dict[int, Any]] = []
+        while len(new) < own["max_tokens"] and not set(new) & set(own.get("stop_token_ids", [])):
+            with torch.no_grad():
+                logits = self.writer.model(torch.tensor([ids + new])).logits[:, -1]
+            heat = own["temperature"] or 1e-6
+            shares = module.tempered(logits, heat, own["top_p"], own["top_k"]).log_softmax(-1)[0]
+            listed = own.get("logprob_token_ids", [])
+            logs.append({token: SimpleNamespace(logprob=float(shares[token])) for token in listed})
+            new.append(int(torch.multinomial(shares.exp(), 1)))
+        text = self.writer.tokenizer.decode(new, skip_special_tokens=True)
+        return SimpleNamespace(text=text, token_ids=new, finish_reason="stop", logprobs=logs)
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *given, **named: self.done.append((name, *given, *named.values())) or True
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch, engine: TransformersEngine, folder: Path) -> Any:
+    """Makes engines of the fake, as on a GPU or as on a CPU."""
+    config = "vllm.transformers_utils.config"
+    fakes = {name: ModuleType(name) for name in ("vllm", "vllm.transformers_utils", config)}
+    fakes["vllm"].__dict__["LLM"] = partial(FakeLLM, writer=engine)
+    fakes["vllm"].__dict__["SamplingParams"] = dict
+    fakes[config].__dict__["try_get_generation_config"] = lambda path, trust_remote_code: (
+        GenerationConfig.from_pretrained(path)
+    )
+    for name, fake in fakes.items():
+        monkeypatch.setitem(sys.modules, name, fake)
+    monkeypatch.setattr(VLLMEngine, "open_on_cpu", "")
+
+    def make(gpu: bool = True, **options: Any) -> VLLMEngine:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: gpu)
+            return VLLMEngine(folder, dtype="float32", **options)
+
+    return make
+
+
+def test_vllm_gets_a_seed_for_every_prompt(vllm: Any) -> None:
+    engine = vllm()
+    sampling = Sampling(
+        n=8, temperature=0.7, max_tokens=4, seed=3, stop=("x",), top_p=0.8, top_k=20
+    )
+    engine.generate([*chats(30), *chats(2)], sampling)
+    (sent,) = engine.llm.requests
+    seeds = sorted(own.pop("seed") for own in sent)
+    assert len(seeds) == 32 and min(np.diff(seeds)) >= 8 and max(seeds) < 2**63 - 8
+    assert sent == [{
+        "n": 8, "temperature": 0.7, "max_tokens": 4, "top_p": 0.8, "top_k": 20, "stop": ["x"],
+        "stop_token_ids": engine.end_ids,
+    }] * 32  # fmt: skip
+    engine.generate(chats(30)[7:], sampling)
+    again = [own["seed"] for own in engine.llm.requests[1]]
+    assert set(again) < set(seeds), "a prompt's seed depends on its neighbours"
+    engine.generate(chats(2), Sampling())
+    assert not any(own["seed"] for own in engine.llm.requests[2])
+
+
+def test_vllm_on_a_cpu_is_seeded_as_a_whole_and_alone(vllm: Any) -> None:
+    engine = vllm(gpu=False)
+    sampling = Sampling(temperature=0.7, max_tokens=4, seed=3)
+    assert engine.generate(chats(3), sampling) == engine.generate(chats(3), sampling)
+    assert not any(own["seed"] for own in engine.llm.requests[0])
+    assert engine.llm.options["distributed_executor_backend"] == "uni"
+    with pytest.raises(EngineError, match=f"close the engine of {engine.name} first"):
+        vllm(gpu=False)
+    engine.close()
+    vllm(gpu=False).close()
+
+
+@pytest.mark.parametrize("top", [{}, {"top_p": 0.9, "top_k": 50}])
+def test_vllm_scores_in_few_requests(
+    vllm: Any, engine: TransformersEngine, top: dict[str, Any]
+) -> None:
+    fake = vllm()
+    buckets = [f" {bucket}" for bucket in ("0.0", "0.25", "0.5", "0.75", "1.0")]
+    texts = buckets + [
+        f"{bucket}\nFinal answer: {letter}" for bucket in buckets for letter in "ABCD"
+    ]
+    torch.manual_seed(0)
+    for own in ([texts, texts[:3], [" A"]], [[], [" B", " B"], texts]):
+        scores = fake.score(chats(3), own, 0.7, **top)
+        for row, wanted in zip(scores, engine.score(chats(3), own, 0.7, **top), strict=True):
+            assert row == pytest.approx(wanted, abs=1e-4)
+    nodes = {start for t in texts for start in beginnings(tuple(plain_ids(engine.tokenizer, t)))}
+    assert max(len(own["logprob_token_ids"]) for sent in fake.llm.requests for own in sent) <= 128
+    assert sum(len(sent) for sent in fake.llm.requests) < 2.5 * len({s[:-1] for s in nodes})
+    with pytest.raises(EngineError, match="a text is empty"):
+        fake.score(chats(1), [[""]])
+
+
+def test_vllm_scores_a_writer_of_the_format_in_a_request_for_each_confidence(vllm: Any) -> None:
+    fake = vllm()
+    tokenizer = fake.tokenizer
+    shown = [plain_ids(tokenizer, f" {bucket}\nFinal answer: B") for bucket in ("0.5", "1.0")]
+    letters = [plain_ids(tokenizer, f" {bucket}\nFinal answer: C") for bucket in ("0.5", "1.0")]
+    texts = [tokenizer.decode(ids) for ids in [*shown, *letters]]
+
+    def write(ids: list[int], own: dict[str, Any]) -> Any:
+        """The one text or the other, whichever goes on from here, without doubt."""
+        place = next(
+            k
+            for k in range(20)
+            if any(ids[len(ids) - k :] == s[:k] for s in shown) and ids[: len(ids) - k] == prompt
+        )
+        (text, *_) = [s[place:] for s in shown if s[:place] == ids[len(ids) - place :]]
+        logs = [{t: SimpleNamespace(logprob=-1.0) for t in own["logprob_token_ids"]} for _ in text]
+        return SimpleNamespace(text="", token_ids=text, finish_reason="length", logprobs=logs)
+
+    prompt = encode_chat(tokenizer, chats(1)[0])
+    fake.llm.write = write
+    (row,) = fake.score(chats(1), [texts])
+    assert row == [-float(len(plain_ids(tokenizer, text))) for text in texts]
+    assert sum(len(sent) for sent in fake.llm.requests) == 2
+
+
+def test_vllm_names_a_prompt_that_is_too_long(vllm: Any) -> None:
+    engine = vllm(max_model_len=100)
+    long = [{"role": "user", "content": "What is the capital of Kazakhstan?" + " very" * 200}]
+    for asked in (lambda: engine.generate([*chats(2), long], Sampling(max_tokens=8)),
+                  lambda: engine.score([*chats(2), long], [["A"]] * 3)):  # fmt: skip
+        with pytest.raises(
+            EngineError, match="1 of 3 prompts.*max_model_len, 100.*capital of Kazakh"
+        ):
+            asked()
+    assert engine.llm.requests == []
+    with pytest.raises(EngineError, match="3 of 3 prompts with 99 tokens to come"):
+        engine.generate(chats(3), Sampling(max_tokens=99))
+
+
+def test_vllm_takes_new_weights_and_end_tokens(vllm: Any, folder: Path, tmp_path: Path) -> None:
+    engine = vllm()
+    other = with_ends(make_model(tmp_path, seed=1), step=5)
+    before = engine.end_ids
+    engine.sleep()
+    engine.sleep()
+    engine.reload(other)
+    engine.reload(other)
+    loads = ("collective_rpc", "reload_weights", {"weights_path": str(other)})
+    assert engine.llm.done == [
+        ("sleep", 2), ("wake_up", ["weights"]), loads, ("wake_up", ["kv_cache"]),
+        ("reset_prefix_cache",), loads, ("reset_prefix_cache",),
+    ]  # fmt: skip
+    assert before == TransformersEngine(folder, "float32").end_ids
+    assert engine.end_ids == TransformersEngine(other, "float32").end_ids != before
+    engine.generate(chats(1), Sampling(max_tokens=2))
+    assert engine.llm.requests[-1][0]["stop_token_ids"] == engine.end_ids
+    engine.llm.reset_prefix_cache = lambda: False
+    with pytest.raises(EngineError, match="mix two models"):
+        engine.reload(other)

@@ -1,121 +1,36 @@
-"""The client of OpenAI-compatible servers, against a small server that fails in every way at a set rate."""
+"""The client of OpenAI-compatible servers, against a small server that fails in every way."""
 
 from __future__ import annotations
 
 import json
 import logging
-import random
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
+from fault_server import BODIES, KEY, RANDOM, FaultServer, reply
 from nbclient import NotebookClient
 
-from foggen.engines import EngineError, Sampling, make_engine
+from foggen.engines import Completion, EngineError, Sampling, make_engine
 from foggen.engines.openai_engine import OpenAIEngine
 from foggen.prompts import Messages
 
-KEY = "sk-secret-0123456789"
-FAULTS = ("500", "429", "hang", "cut", "invalid", "empty", "408", "409", "html")
-
-
-class FaultyServer(ThreadingHTTPServer):
-    """Answers `echo: <question>`; each request fails with probability `rate`, in a way drawn from `faults`."""
-
-    daemon_threads = True
-    request_queue_size = 128
-
-    def __init__(self, rate: float = 0.0, faults: tuple[str, ...] = FAULTS) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.rate, self.faults, self.random, self.lock = rate, faults, random.Random(0), threading.Lock()
-        self.billed: Counter[str] = Counter()
-        self.seen: Counter[str] = Counter()
-        self.bodies: list[dict[str, Any]] = []
-        self.most = self.now = 0
-        self.many = True
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-    def fault(self) -> str:
-        with self.lock:
-            return self.random.choice(self.faults) if self.random.random() < self.rate else ""
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: FaultyServer
-
-    def log_message(self, *_: Any) -> None: ...
-
-    def send(self, status: int, data: bytes, kind: str = "application/json", **headers: str) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(int(headers.pop("length", len(data)))))
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.now += 1
-            self.server.most = max(self.server.most, self.server.now)
-        try:
-            self.answer(body)
-        finally:
-            with self.server.lock:
-                self.server.now -= 1
-
-    def answer(self, body: dict[str, Any]) -> None:
-        if self.headers["Authorization"] != f"Bearer {KEY}":
-            return self.send(401, json.dumps({"error": f"wrong: {self.headers['Authorization']}"}).encode())
-        if body["model"] != "cloud":
-            return self.send(404, b'{"error": {"message": "no such model"}}')
-        question = body["messages"][-1]["content"]
-        if "unpaid" in question:
-            self.server.seen["unpaid"] += 1
-            return self.send(429, b'{"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}')
-        if "too long" in question:
-            return self.send(400, b'{"error": {"message": "maximum context length is 10"}}')
-        good = json.dumps(self.choices(question, body.get("n", 1) if self.server.many else 1)).encode()
-        fault = self.server.fault()
-        self.server.seen[fault] += 1
-        if fault == "hang":
-            time.sleep(1.0)
-        elif fault == "cut":
-            self.send(200, good[: len(good) // 2], length=str(len(good)))
-        elif fault:
-            status, data, kind = {
-                "invalid": (200, b'{"choices": [{', "application/json"),
-                "empty": (200, b'{"choices": []}', "application/json"),
-                "html": (200, b"<html>busy</html>", "text/html"),
-            }.get(fault, (int(fault) if fault.isdigit() else 500, b"{}", "application/json"))
-            self.send(status, data, kind, **({"Retry_After": "0.02"} if fault == "429" else {}))
-        else:
-            with self.server.lock:
-                self.server.billed[question] += 1
-                self.server.bodies.append(body)
-            self.send(200, good)
-
-    def choices(self, question: str, n: int) -> dict[str, Any]:
-        choice = {"message": {"role": "assistant", "content": f"echo: {question}"}, "finish_reason": "stop"}
-        return {"choices": [choice] * n, "usage": {"prompt_tokens": 7, "completion_tokens": 3 * n}}
+QUESTIONS = [f"question {k}" for k in range(60)]
 
 
 @pytest.fixture
-def server() -> Iterator[FaultyServer]:
-    with FaultyServer() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+def server() -> Iterator[FaultServer]:
+    with FaultServer() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         yield server
         server.shutdown()
@@ -124,171 +39,225 @@ def server() -> Iterator[FaultyServer]:
 @pytest.fixture(autouse=True)
 def key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLOUD_KEY", KEY)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
 
 
-def client(server: FaultyServer, cache: Path, **options: Any) -> OpenAIEngine:
-    settings = {"key_variable": "CLOUD_KEY", "timeout": 0.5, "max_retries": 30, **options}
-    return OpenAIEngine(options.pop("model", "cloud"), base_url=server.url, cache=cache, **settings)
+def client(server: FaultServer, cache: Path, **options: Any) -> OpenAIEngine:
+    given = {"key_variable": "CLOUD_KEY", "timeout": 0.5, "max_retries": 30, "base_url": server.url}
+    return OpenAIEngine(options.pop("model", "cloud"), cache=cache, **given | options)
 
 
-def ask(*questions: str) -> list[Messages]:
+def chats(*questions: str) -> list[Messages]:
     return [[{"role": "user", "content": question}] for question in questions]
 
 
-QUESTIONS = [f"question {k}" for k in range(120)]
+def ask(engine: OpenAIEngine, *questions: str, **sampling: Any) -> list[list[Completion]]:
+    return engine.generate(chats(*questions), Sampling(**sampling))
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_every_answer_arrives_once_and_in_order(server: FaultyServer, tmp_path: Path, fault: str) -> None:
+def files(cache: Path) -> list[Path]:
+    return sorted(path for path in cache.rglob("*") if path.is_file())
+
+
+# --------------------------------------------------------------------------------------------------
+# Every answer arrives, once
+
+
+@pytest.mark.parametrize("fault", RANDOM)
+def test_every_answer_arrives_once_and_in_order(
+    server: FaultServer, tmp_path: Path, fault: str
+) -> None:
     server.rate, server.faults = 0.2, (fault,)
-    answers = client(server, tmp_path).generate(ask(*QUESTIONS), Sampling())
-    assert [one.text for (one,) in answers] == [f"echo: {question}" for question in QUESTIONS]
-    assert server.billed == Counter(QUESTIONS)
-    assert server.seen[fault] > 5
-    assert answers[0][0].tokens == 3 and answers[0][0].finished
+    answers = ask(client(server, tmp_path), *QUESTIONS)
+    assert [c.text for (c,) in answers] == [f"echo: {question}" for question in QUESTIONS]
+    assert server.billed == Counter(QUESTIONS) and server.played[fault] > 2
+    assert answers[0][0] == Completion("echo: question 0", 3, finished=True)
+    assert len(files(tmp_path)) == len(QUESTIONS)
 
 
-def test_all_faults_at_once_and_the_key_is_nowhere(
-    server: FaultyServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("fault", sorted(BODIES))
+def test_a_reply_without_a_choice_is_tried_again_and_not_kept(
+    server: FaultServer, tmp_path: Path, fault: str
+) -> None:
+    server.script["a"] = [fault, reply("A")]
+    assert ask(client(server, tmp_path), "a")[0][0].text == "A" and server.asked["a"] == 2
+    server.script["b"] = [fault]
+    with pytest.raises(EngineError, match="gave up after 1 retries"):
+        ask(client(server, tmp_path, max_retries=1), "b")
+    assert len(files(tmp_path)) == 1
+
+
+def test_known_answers_are_not_asked_again(server: FaultServer, tmp_path: Path) -> None:
+    ask(client(server, tmp_path), "a", "b", "a")
+    assert server.billed == Counter("ab")
+    assert [c.text for (c,) in ask(client(server, tmp_path), "b", "c")] == ["echo: b", "echo: c"]
+    assert server.billed == Counter("abc")
+    for changes in ({"temperature": 0.7}, {"seed": 1}, {"max_tokens": 9}, {"top_p": 0.8}):
+        ask(client(server, tmp_path), "a", **changes)
+    assert server.billed["a"] == 5
+    same = server.url + "/"
+    ask(client(server, tmp_path, base_url=same), "a")
+    assert server.billed["a"] == 5
+    other = server.url.replace("127.0.0.1", "localhost")
+    ask(client(server, tmp_path, base_url=other), "a")
+    assert server.billed["a"] == 6, "another server's answer"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"[{}]", b"[null]", b"null", b"{}", b'{"choices": [', b"", b"\xff\xfe\x00", b"[" * 100_000,
+     b'[{"choices": [{"message": {"content": "old form"}}]}]'],
+)  # fmt: skip
+def test_a_damaged_file_is_asked_again(
+    server: FaultServer, tmp_path: Path, damage: bytes
+) -> None:
+    ask(client(server, tmp_path), "a")
+    (file,) = files(tmp_path)
+    whole = file.read_bytes()
+    file.write_bytes(damage)
+    assert ask(client(server, tmp_path), "a")[0][0].text == "echo: a"
+    assert server.billed["a"] == 2 and file.read_bytes() == whole
+
+
+def test_samples_are_requests_of_their_own(server: FaultServer, tmp_path: Path) -> None:
+    server.script["a"] = [reply(f"text {k}") for k in range(9)]
+    (four,) = ask(client(server, tmp_path, concurrency=1), "a", n=4, temperature=1.0)
+    assert [c.text for c in four] == [f"text {k}" for k in range(4)]
+    (six,) = ask(client(server, tmp_path, concurrency=1), "a", n=6, temperature=1.0)
+    assert six[:4] == four and server.billed["a"] == 6
+
+
+def test_what_is_sent(server: FaultServer, tmp_path: Path) -> None:
+    prompt = [*chats("a")[0], {"role": "assistant", "content": "Confidence:"}]
+    engine = client(server, tmp_path, extra_body={"min_p": 0})
+    engine.generate([prompt], Sampling(stop=("\n",), seed=5))
+    assert server.bodies[0] == {
+        "model": "cloud", "messages": prompt, "temperature": 0.0, "top_p": 1.0, "max_tokens": 64,
+        "stop": ["\n"], "continue_final_message": True, "add_generation_prompt": False, "min_p": 0,
+    }  # fmt: skip
+    ask(engine, "b", temperature=0.7, top_p=0.8, top_k=20)
+    assert {"top_p": 0.8, "top_k": 20, "temperature": 0.7}.items() <= server.bodies[1].items()
+    assert not {"seed", "stop", "n", "continue_final_message"} & server.bodies[1].keys()
+
+
+# --------------------------------------------------------------------------------------------------
+# What replies hold
+
+
+ODD = {
+    "null": (reply(None), "", 3),
+    "no content": (reply(choices=[{"message": {"role": "assistant"}}]), "", 3),
+    "no message": (reply(choices=[{"finish_reason": "stop"}]), "", 3),
+    "message null": (reply(choices=[{"message": None}]), "", 3),
+    "empty": (reply(""), "", 3),
+    "number": (reply(5), "", 3),
+    "one part": (reply({"type": "text", "text": "A"}), "A", 3),
+    "other object": (reply({"image": "A"}), "", 3),
+    "parts": (reply([{"type": "text", "text": "Confidence"}, {"text": ": 1.0"}]), "Confidence: 1.0", 3),
+    "odd parts": (reply([None, "A", 5, {"image": 1}, {"text": None}, ["x"]]), "A", 3),
+    "half a pair": (reply("A\ud83d"), "A?", 3),
+    "usage null": (reply("A", usage=None), "A", 0),
+    "usage text": (reply("A", usage="3 tokens"), "A", 0),
+    "usage list": (reply("A", usage=[3]), "A", 0),
+    "no usage": ({"choices": reply("A")["choices"]}, "A", 0),
+    **{
+        f"count {count!r}": (reply("A", usage={"completion_tokens": count}), "A", 0)
+        for count in (None, "3", [3], {}, True, -1, 3.5, 10**400)
+    },
+    "mark": (b"\xef\xbb\xbf" + json.dumps(reply("A")).encode(), "A", 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_reply_is_an_answer_and_never_paid_again(
+    server: FaultServer, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    said, text, tokens = ODD[name]
+    server.script["a"] = [said]
+    for _ in range(2):
+        assert ask(client(server, tmp_path), "a") == [[Completion(text, tokens, finished=True)]]
+        assert ("1 replies came without a token count" in caplog.text) == (not tokens)
+    assert server.asked["a"] == 1
+    (file,) = files(tmp_path)
+    kept = json.loads(file.read_text())
+    assert kept.keys() == {"choices", "usage"} and kept["usage"] == {"completion_tokens": tokens or None}
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "text/event-stream", "application/xml", ""])
+def test_json_under_another_name_is_json(server: FaultServer, tmp_path: Path, kind: str) -> None:
+    server.kind = kind
+    assert ask(client(server, tmp_path), "a")[0][0].text == "echo: a" and server.asked["a"] == 1
+
+
+def test_a_text_that_was_cut_is_not_finished(server: FaultServer, tmp_path: Path) -> None:
+    server.script["a"] = [reply(choices=[{"message": {"content": "A"}, "finish_reason": "length"}])]
+    for _ in range(2):
+        assert ask(client(server, tmp_path), "a") == [[Completion("A", 3, finished=False)]]
+
+
+# --------------------------------------------------------------------------------------------------
+# Keys and addresses
+
+
+def test_the_key_of_a_server_that_echoes_it_is_masked(
+    server: FaultServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    server.rate = 0.2
-    engine = client(server, tmp_path, concurrency=8, price_in=1.0, price_out=10.0)
-    assert all(engine.generate(ask(*QUESTIONS), Sampling()))
-    assert server.billed == Counter(QUESTIONS)
-    assert 2 <= server.most <= 8 + server.seen["hang"]
-    shown = capsys.readouterr().err
-    assert engine.used == [7 * 120, 3 * 120] and "about $0.0044" in shown
-    assert KEY not in shown + caplog.text + "".join(path.read_text() for path in tmp_path.rglob("*.json"))
+    server.script["a"] = [reply(f"your headers: Bearer {KEY}", headers={"Authorization": KEY})]
+    server.script["b"] = [json.dumps({"error": f"busy, {KEY}"}).encode()]
+    assert ask(client(server, tmp_path), "a")[0][0].text == "your headers: Bearer ***"
+    with pytest.raises(EngineError, match=r"busy, \*\*\*"):
+        ask(client(server, tmp_path, max_retries=0), "b")
+    ask(client(server, tmp_path, max_retries=0, on_failure="keep_local"), "b")
+    assert "gave up" in caplog.text
+    assert KEY not in caplog.text + "".join(file.read_text() for file in files(tmp_path))
 
 
-def test_known_answers_are_not_asked_again(server: FaultyServer, tmp_path: Path) -> None:
-    client(server, tmp_path).generate(ask("a", "b", "a"), Sampling())
-    assert server.billed == Counter("ab")
-    again = client(server, tmp_path).generate(ask("b", "c"), Sampling())
-    assert [one.text for (one,) in again] == ["echo: b", "echo: c"]
-    assert server.billed == Counter("abc")
-    client(server, tmp_path).generate(ask("a"), Sampling(temperature=0.7, seed=1))
-    assert server.billed["a"] == 2
-    next(tmp_path.rglob("*.json")).write_text('[{"choices": [')
-    assert all(client(server, tmp_path).generate(ask("a", "b", "c"), Sampling()))
-
-
-@pytest.mark.parametrize("many", [True, False])
-def test_n_answers_also_from_servers_that_give_one(server: FaultyServer, tmp_path: Path, many: bool) -> None:
-    server.many = many
-    (answers,) = client(server, tmp_path).generate(ask("a"), Sampling(n=4, temperature=1.0))
-    assert len(answers) == 4 and server.billed["a"] == (1 if many else 4)
-    (more,) = client(server, tmp_path).generate(ask("a"), Sampling(n=5, temperature=1.0))
-    assert len(more) == 5 and server.billed["a"] == (2 if many else 5)
-    assert {one.tokens for one in more} == {3}
-
-
-def test_wrong_key_stops_at_once_and_names_the_setting(
-    server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_short_key_is_no_secret(
+    server: FaultServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CLOUD_KEY", "sk-wrong-1")
-    with pytest.raises(EngineError, match=r"CLOUD_KEY \(`key_variable`\)") as caught:
-        client(server, tmp_path, concurrency=2).generate(ask(*QUESTIONS), Sampling())
-    assert "sk-wrong-1" not in str(caught.value) + caplog.text
-    assert not list(tmp_path.rglob("*.json"))
-    monkeypatch.delenv("CLOUD_KEY")
-    with pytest.raises(EngineError, match="CLOUD_KEY"):
-        client(server, tmp_path).generate(ask("a"), Sampling())
+    monkeypatch.setattr("fault_server.KEY", "A")
+    monkeypatch.setenv("CLOUD_KEY", "A")
+    server.script["a"] = [reply("Final answer: A")]
+    assert ask(client(server, tmp_path), "a")[0][0].text == "Final answer: A"
 
 
-def test_other_permanent_failures_name_their_setting(server: FaultyServer, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="`model` or `base_url`"):
-        OpenAIEngine("other", base_url=server.url, cache=tmp_path, key_variable="CLOUD_KEY").generate(
-            ask("a"), Sampling()
-        )
-    with pytest.raises(EngineError, match="context length"):
-        client(server, tmp_path, concurrency=1).generate(ask("a", "too long", "b"), Sampling())
-    assert server.billed == Counter("a")
-    with pytest.raises(EngineError, match="quota"):
-        client(server, tmp_path, on_cloud_failure="keep_local").generate(ask("unpaid"), Sampling())
-    assert server.seen["unpaid"] == 1
+@pytest.mark.parametrize(
+    "value", ["", "sk-1\r\n", "sk-1\n", "\nsk-1", "sk 1", " sk-1", "sk-1\t", "sk-\u0456", "sk-\x7f", "\u2028"]
+)  # fmt: skip
+def test_a_key_that_no_header_can_carry_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("CLOUD_KEY", value)
+    with pytest.raises(EngineError, match="CLOUD_KEY.*(is empty|copy it again)") as caught:
+        OpenAIEngine("cloud", base_url="http://localhost/v1", key_variable="CLOUD_KEY")
+    assert not value.strip() or value.strip() not in str(caught.value)
 
 
-def test_a_dead_server_stops_the_run_and_it_resumes(server: FaultyServer, tmp_path: Path) -> None:
-    client(server, tmp_path).generate(ask(*QUESTIONS[:5]), Sampling())
-    server.rate, server.faults = 1.0, ("500",)
-    with pytest.raises(EngineError, match="run again to resume"):
-        client(server, tmp_path, max_retries=2).generate(ask(*QUESTIONS[:9]), Sampling())
-    engine = client(server, tmp_path, max_retries=1, on_cloud_failure="keep_local")
-    answers = engine.generate(ask(*QUESTIONS[:9]), Sampling())
-    assert [len(row) for row in answers] == [1] * 5 + [0] * 4 and engine.failures == 4
-    server.rate = 0.0
-    assert all(client(server, tmp_path).generate(ask(*QUESTIONS[:9]), Sampling()))
-    assert server.billed == Counter(QUESTIONS[:9])
+@pytest.mark.parametrize(
+    "url",
+    [None, "", " ", "localhost:8000/v1", "//host/v1", "ftp://host/v1", "http:/host", "http://", "https:///v1",
+     "http://host:port/v1", "http://host:999999/v1", "http://ho st/v1", "http://host/v 1", "http://host/v1\n",
+     "http://[::1/v1", "http://user:passw0rd@host/v1", "http://passw0rd@host/v1", "passw0rd@host",
+     "https://host/v1?api_key=passw0rd", "https://host/v1#passw0rd", "http://user:pass\nw0rd@host/v1"],
+)  # fmt: skip
+def test_an_address_that_is_none_or_more_is_refused_at_once(url: Any) -> None:
+    with pytest.raises(EngineError, match=r"base_url: expected http\(s\)://host") as caught:
+        OpenAIEngine("cloud", base_url=url)
+    assert "w0rd" not in str(caught.value)
 
 
-def test_retry_after_is_honoured(server: FaultyServer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="openai")
-    server.rate, server.faults = 1.0, ("429",)
-    with pytest.raises(EngineError, match=r"gave up after 5 retries.*RateLimitError"):
-        client(server, tmp_path, max_retries=5).generate(ask("a"), Sampling())
-    assert server.seen["429"] == 6 and caplog.text.count("in 0.020000 seconds") == 5
-
-
-def test_assistant_prefix_is_sent_as_one(server: FaultyServer, tmp_path: Path) -> None:
-    prompt = [*ask("a")[0], {"role": "assistant", "content": "Confidence:"}]
-    client(server, tmp_path, extra_body={"top_p": 1}).generate([prompt], Sampling(stop=("\n",)))
-    body = server.bodies[0]
-    assert body["continue_final_message"] is True and body["add_generation_prompt"] is False
-    assert (body["stop"], body["top_p"]) == (["\n"], 1) and "seed" not in body and "n" not in body
-
-
-def test_score_needs_a_server_that_can(server: FaultyServer, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="no prompt log-probabilities"):
-        client(server, tmp_path).score(ask("a"), [["b"]])
-    with pytest.raises(EngineError, match="temperature 1"):
-        client(server, tmp_path).score(ask("a"), [["b"]], 0.7)
-    with pytest.raises(EngineError, match="cannot load"):
-        make_engine("openai", "cloud", base_url=server.url, cache=tmp_path).reload(tmp_path)
-
-
-PROCESS = """
-import sys
-from pathlib import Path
-from foggen.engines import Sampling, make_engine
-engine = make_engine("openai", "cloud", base_url=sys.argv[1], cache=sys.argv[2], key_variable="CLOUD_KEY",
-                     timeout=0.5, max_retries=30, concurrency=4)
-engine.generate([[{"role": "user", "content": f"question {k}"}] for k in range(120)], Sampling())
-"""
-
-
-def test_killed_and_concurrent_processes_lose_and_damage_nothing(server: FaultyServer, tmp_path: Path) -> None:
-    server.rate, server.faults = 0.3, ("500", "429")
-    command = [sys.executable, "-c", PROCESS, server.url, str(tmp_path)]
-    first = subprocess.Popen(command)
-    while sum(server.billed.values()) < 20:
-        time.sleep(0.01)
-    first.kill()
-    first.wait()
-    kept = len(list(tmp_path.rglob("[!.]*.json")))
-    assert kept >= sum(server.billed.values()) - 4  # at most the answers that were on their way
-    workers = [subprocess.Popen(command) for _ in range(2)]
-    assert [worker.wait() for worker in workers] == [0, 0]
-    files = list(tmp_path.rglob("[!.]*.json"))
-    assert len(files) == 120
-    assert all(json.loads(path.read_text())[0]["choices"] for path in files)
-
-
-ADDS = """
-import sys
-from pathlib import Path
-from foggen.engines.openai_engine import _add
-for k in range(50):
-    _add(Path(sys.argv[1]), {"choices": [], "from": sys.argv[2], "number": k})
-"""
-
-
-def test_processes_that_answer_the_same_question_at_once_keep_all_answers(tmp_path: Path) -> None:
-    file = tmp_path / "ab" / "abc.json"
-    workers = [subprocess.Popen([sys.executable, "-c", ADDS, str(file), name]) for name in "xy"]
-    assert [worker.wait() for worker in workers] == [0, 0]
-    assert len({(one["from"], one["number"]) for one in json.loads(file.read_text())}) == 100
+@pytest.mark.parametrize(
+    ("url", "warned"),
+    [("http://localhost:8000/v1", False), ("http://127.0.0.1/v1", False), ("http://[::1]:80/v1", False),
+     ("https://api.openai.com/v1", False), ("http://gpu-box:8000/v1", True), ("HTTP://10.0.0.5/v1", True),
+     ("http://localhost.example.com/v1", True), ("http://[fe80::2]/v1", True)],
+)  # fmt: skip
+def test_plain_http_to_another_machine_is_warned_of(
+    caplog: pytest.LogCaptureFixture, url: str, warned: bool
+) -> None:
+    OpenAIEngine("cloud", base_url=url)
+    assert ("plain http" in caplog.text) == warned
 
 
 NOTEBOOK = """
@@ -301,14 +270,156 @@ print(engine.generate([[{"role": "user", "content": "a"}]], Sampling()), vars(en
 """
 
 
-def test_the_key_is_in_no_artefact_log_or_executed_notebook(server: FaultyServer, tmp_path: Path) -> None:
-    wrong = NOTEBOOK.replace('"cloud",', '"other",')
-    cells = [nbformat.v4.new_code_cell(text.replace("URL", repr(server.url))) for text in (NOTEBOOK, wrong)]
-    notebook = nbformat.v4.new_notebook(cells=cells)
-    NotebookClient(notebook, allow_errors=True, resources={"metadata": {"path": str(tmp_path)}}).execute()
+def test_the_key_is_in_no_artefact_log_or_executed_notebook(
+    server: FaultServer, tmp_path: Path
+) -> None:
+    codes = [NOTEBOOK.replace("URL", repr(server.url))]
+    codes.append(codes[0].replace('"cloud",', '"other",'))
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in codes])
+    place = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, allow_errors=True, resources=place).execute()
     nbformat.write(notebook, tmp_path / "executed.ipynb")
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} == {".json", ".lock", ".log", ".ipynb"}
-    assert "no such model" in (tmp_path / "executed.ipynb").read_text() and server.billed == Counter("a")
-    assert "chat/completions" in (tmp_path / "all.log").read_text()
-    assert not [path for path in files if KEY.encode() in path.read_bytes()]
+    assert {path.suffix for path in files(tmp_path)} == {".json", ".log", ".ipynb"}
+    assert "no such model" in (tmp_path / "executed.ipynb").read_text()
+    assert server.billed == Counter("a")
+    assert not [path for path in files(tmp_path) if KEY.encode() in path.read_bytes()]
+
+
+# --------------------------------------------------------------------------------------------------
+# Failures
+
+
+@pytest.mark.parametrize(
+    ("options", "question", "said"),
+    [({"model": "other"}, "a", "check `model` and `base_url`"),
+     ({}, "too long", "context length"),
+     ({}, "unpaid", "quota")],
+)  # fmt: skip
+@pytest.mark.parametrize("on_failure", ["stop", "keep_local"])
+def test_what_waiting_does_not_help_ends_the_run_and_names_the_setting(
+    server: FaultServer, tmp_path: Path, options: Any, question: str, said: str, on_failure: str
+) -> None:
+    server.script = {name: [name] for name in ("too long", "unpaid")}
+    engine = client(server, tmp_path, concurrency=1, on_failure=on_failure, **options)
+    with pytest.raises(EngineError, match=said):
+        ask(engine, question, "b")
+    assert len(server.bodies) == 1 and not files(tmp_path)
+
+
+def test_a_wrong_key_ends_the_run_and_is_not_shown(
+    server: FaultServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLOUD_KEY", "sk-wrong-1")
+    with pytest.raises(EngineError, match="`key_variable` names.*401") as caught:
+        ask(client(server, tmp_path, concurrency=2), *QUESTIONS)
+    assert "sk-wrong-1" not in str(caught.value) and len(server.bodies) <= 4
+
+
+def test_a_dead_server_ends_the_run_and_it_resumes(server: FaultServer, tmp_path: Path) -> None:
+    ask(client(server, tmp_path), *QUESTIONS[:5])
+    server.rate, server.faults = 1.0, ("500",)
+    with pytest.raises(EngineError, match="gave up after 2 retries.*run again to resume"):
+        ask(client(server, tmp_path, max_retries=2), *QUESTIONS[:9])
+    server.rate = 0.0
+    assert all(ask(client(server, tmp_path), *QUESTIONS[:9]))
+    assert server.billed == Counter(QUESTIONS[:9])
+
+
+def test_keep_local_counts_failures_and_asks_again(server: FaultServer, tmp_path: Path) -> None:
+    server.script = {"b": ["500", "500", reply("B")], "c": [reply("")]}
+    engine = client(server, tmp_path, max_retries=1, on_failure="keep_local")
+    assert [[c.text for c in row] for row in ask(engine, "a", "b", "c")] == [["echo: a"], [], [""]]
+    assert engine.failures == 1 and len(files(tmp_path)) == 2
+    assert [c.text for (c,) in ask(engine, "a", "b", "c")] == ["echo: a", "B", ""]
+    assert engine.failures == 0 and server.billed == Counter("abc")
+
+
+def test_no_server_is_told_as_what_it_is(tmp_path: Path) -> None:
+    engine = OpenAIEngine("cloud", base_url="http://127.0.0.1:9/v1", cache=tmp_path, max_retries=0)
+    with pytest.raises(EngineError, match=r"gave up after 0 retries.*Connection refused"):
+        ask(engine, "a")
+
+
+def test_a_short_retry_after_is_honoured(
+    server: FaultServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="openai")
+    server.script["a"] = ["429"]
+    with pytest.raises(EngineError, match=r"gave up after 5 retries.*RateLimitError"):
+        ask(client(server, tmp_path, max_retries=5), "a")
+    assert server.asked["a"] == 6 and caplog.text.count("in 0.020000 seconds") == 5
+
+
+LATER = formatdate(time.time() + 86_400, usegmt=True)
+
+
+@pytest.mark.parametrize("header", ["Retry-After: 3600", f"Retry-After: {LATER}", "Retry-After-Ms: 1e7"])
+def test_a_long_retry_after_is_told(server: FaultServer, tmp_path: Path, header: str) -> None:
+    server.script["a"] = [header]
+    with pytest.raises(EngineError, match="refuses retries for now") as caught:
+        ask(client(server, tmp_path), "a")
+    assert header.partition(": ")[2] in str(caught.value) and "gave up" not in str(caught.value)
+    assert server.asked["a"] == 1
+    engine = client(server, tmp_path, on_failure="keep_local")
+    assert ask(engine, "a", "b")[1] and engine.failures == 1
+
+
+@pytest.mark.parametrize("fault", ["drip", "drip headers", "hang"])
+def test_a_reply_has_a_limit_in_all(server: FaultServer, tmp_path: Path, fault: str) -> None:
+    server.script = {"a": [fault, reply("A")], "b": [fault]}
+    assert ask(client(server, tmp_path), "a")[0][0].text == "A"
+    with pytest.raises(EngineError, match=r"no whole reply within 0.5 s \(`timeout`\)"):
+        ask(client(server, tmp_path, max_retries=1), "b")
+    assert server.asked == Counter({"a": 2, "b": 2})
+
+
+def test_what_a_server_cannot_do_is_refused(tmp_path: Path) -> None:
+    engine = make_engine("openai", "cloud", base_url="http://localhost/v1", cache=tmp_path)
+    with pytest.raises(EngineError, match="no probabilities"):
+        engine.score(chats("a"), [["b"]])
+    with pytest.raises(EngineError, match="loads no weights"):
+        engine.reload(tmp_path)
+    engine.sleep()
+    engine.close()
+
+
+# --------------------------------------------------------------------------------------------------
+# Many at once
+
+
+def test_as_many_at_a_time_as_asked_for(server: FaultServer, tmp_path: Path) -> None:
+    server.rate = 0.2
+    assert all(ask(client(server, tmp_path, concurrency=8), *QUESTIONS))
+    assert 2 <= server.most <= 8 + server.played["hang"]
+
+
+PROCESS = """
+import sys
+import openai._base_client
+from foggen.engines import Sampling, make_engine
+openai._base_client.INITIAL_RETRY_DELAY = 0.05
+engine = make_engine("openai", "cloud", base_url=sys.argv[1], cache=sys.argv[2],
+                     key_variable="CLOUD_KEY", timeout=5, max_retries=30, concurrency=4)
+engine.generate([[{"role": "user", "content": f"question {k}"}] for k in range(80)], Sampling())
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_ended_and_concurrent_processes_lose_and_damage_nothing(
+    server: FaultServer, tmp_path: Path, end: signal.Signals
+) -> None:
+    server.rate, server.faults = 0.3, ("500", "429")
+    command = [sys.executable, "-c", PROCESS, server.url, str(tmp_path)]
+    first = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while sum(server.billed.values()) < 20:
+        time.sleep(0.01)
+    first.send_signal(end)
+    assert first.wait(20) != 0
+    time.sleep(0.1)
+    paid = sum(server.billed.values())
+    # What was on its way is lost by a kill, and kept at an interrupt, which asks no more
+    assert len(files(tmp_path)) >= paid - (4 if end == signal.SIGKILL else 0) and paid < 60
+    workers = [subprocess.Popen(command) for _ in range(2)]
+    assert [worker.wait() for worker in workers] == [0, 0]
+    assert len(files(tmp_path)) == 80
+    assert all(json.loads(path.read_text())["choices"] for path in files(tmp_path))

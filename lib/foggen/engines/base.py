@@ -1,13 +1,28 @@
-"""The protocol behind which every model runs: two verbs, `generate` and `score`; plus what engines share."""
+"""The protocol behind which every model runs, and what the engines share.
+
+A profile's `engine:` names one of `ENGINES`; the rest of its block are that engine's options. Knows
+nothing of questions, labels or rounds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from pkgutil import resolve_name
+from typing import Any, Protocol
 
-from foggen.prompts import Messages
+from foggen.prompts import Messages, plain_ids
+
+ENGINES = {  # imported at first use, so that a machine needs only the packages of its engines
+    "transformers": "foggen.engines.transformers_engine:TransformersEngine",
+    "vllm": "foggen.engines.vllm_engine:VLLMEngine",
+    "openai": "foggen.engines.openai_engine:OpenAIEngine",
+}
+Chats = Sequence[Messages]
+Texts = Sequence[Sequence[str]]
 
 
 class EngineError(RuntimeError):
@@ -16,25 +31,33 @@ class EngineError(RuntimeError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to continue a prompt: `n` texts; temperature 0 is greedy; `stop` strings end a text and are cut off."""
+    """How to continue a prompt: `n` texts of up to `max_tokens` tokens; temperature 0 is greedy.
+
+    `stop` strings end a text and are cut off. Only the `top_k` likeliest tokens are drawn (0: all),
+    and of these the fewest that hold `top_p` of the probability, both after the temperature.
+    """
 
     n: int = 1
     temperature: float = 0.0
     max_tokens: int = 64
     seed: int = 0
     stop: tuple[str, ...] = ()
+    top_p: float = 1.0
+    top_k: int = 0
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One text; `tokens` counts generated tokens with the end token; not `finished` = cut at `max_tokens`."""
+    """One text. `tokens` counts those generated, with the end token; not `finished` = cut off."""
 
     text: str
     tokens: int
     finished: bool
 
 
-NOTHING = Completion("", 0, finished=False)  # in place of an answer that a failing cloud did not give
+NOTHING = Completion(
+    "", 0, finished=False
+)  # in place of an answer that a failing cloud did not give
 
 
 class Engine(Protocol):
@@ -45,25 +68,90 @@ class Engine(Protocol):
 
     name: str
 
-    def generate(self, prompts: Sequence[Messages], sampling: Sampling) -> list[list[Completion]]:
-        """`sampling.n` completions for each prompt."""
+    def generate(self, prompts: Chats, sampling: Sampling) -> list[list[Completion]]:
+        """`sampling.n` completions per prompt; none for one that a cloud failed to answer."""
 
     def score(
-        self, prompts: Sequence[Messages], continuations: Sequence[Sequence[str]], temperature: float = 1.0
+        self, prompts: Chats, texts: Texts, temperature: float = 1, top_p: float = 1, top_k: int = 0
     ) -> list[list[float]]:
-        """log P(continuation | prompt) in nats, under softmax(logits / temperature) over all tokens."""
+        """log P(text | prompt) in nats of each prompt's `texts`, under the distribution that
+        `Sampling` draws from: -inf for what `top_p` or `top_k` rule out.
+        """
+        raise EngineError(f"{self.name}: this engine gives no probabilities (engine, cloud.engine)")
 
     def sleep(self) -> None:
         """Frees the accelerator for something else (a fine-tuning), until the next `reload`."""
 
     def reload(self, path: Path) -> None:
-        """Takes the weights in `path` (same architecture and tokenizer), in place."""
+        """Takes the weights and end tokens in `path` (same architecture, same tokenizer)."""
+        raise EngineError(f"{self.name}: this engine loads no weights (engine, cloud.engine)")
 
     def close(self) -> None:
         """Frees what the engine holds."""
 
 
-def cut_at_stop(text: str, stop: Sequence[str]) -> str:
-    """The text before the first stop string."""
-    found = [position for mark in stop if (position := text.find(mark)) >= 0]
-    return text[: min(found)] if found else text
+def make_engine(kind: str, model: str | Path, **options: Any) -> Engine:
+    """The engine `kind` of a model (a folder or a name). Raises EngineError for an unknown kind."""
+    if kind not in ENGINES:
+        raise EngineError(f"engine: {kind!r} is unknown; expected one of {', '.join(ENGINES)}")
+    engine: Engine = resolve_name(ENGINES[kind])(model, **options)
+    return engine
+
+
+@dataclass
+class EngineSlot:
+    """Room for one engine, made or reloaded only when another checkpoint is asked for."""
+
+    make: Callable[[Path], Engine]
+    engine: Engine | None = None
+    model: Path | None = None  # what the engine has loaded
+
+    def load(self, model: Path) -> Engine:
+        """The engine with the weights of the checkpoint `model`."""
+        if self.engine is None:
+            self.engine = self.make(model)
+        elif model != self.model:
+            self.model = None  # should the reload fail
+            self.engine.reload(model)
+        self.model = model
+        return self.engine
+
+    def sleep(self) -> None:
+        """Leaves the accelerator to a training; the next `load` loads weights again."""
+        if self.engine and self.model:
+            self.engine.sleep()
+            self.model = None
+
+    def close(self) -> None:
+        """Frees the engine; the next `load` makes another."""
+        if self.engine:
+            self.engine.close()
+            self.engine = self.model = None
+
+
+def text_ids(tokenizer: Any, texts: Texts) -> list[list[tuple[int, ...]]]:
+    """Token ids of the texts that `score` is asked for. Raises EngineError for an empty one."""
+    ids = {text: tuple(plain_ids(tokenizer, text)) for own in texts for text in own}
+    if not all(ids.values()):
+        raise EngineError("score: a text is empty; expected at least one token")
+    return [[ids[text] for text in own] for own in texts]
+
+
+def prompt_seeds(seed: int, prompts: Sequence[list[int]]) -> list[int]:
+    """For each prompt (its token ids) a number of 128 bits, of the seed, the prompt and how often it
+    came before: what a prompt's samples are drawn by, whatever its neighbours.
+    """
+    earlier: Counter[str] = Counter()
+    seeds = []
+    for text in (repr((seed, prompt)) for prompt in prompts):
+        key = hashlib.sha256(f"{text}{earlier[text]}".encode()).digest()
+        seeds.append(int.from_bytes(key[:16], "little"))
+        earlier[text] += 1
+    return seeds
+
+
+def end_tokens(generation_config: Any, tokenizer: Any) -> list[int]:
+    """Ids that end a turn: those of a checkpoint's generation_config, and the tokenizer's own."""
+    listed = getattr(generation_config, "eos_token_id", None)
+    ids = listed if isinstance(listed, list) else [listed]
+    return sorted({int(token) for token in [*ids, tokenizer.eos_token_id] if token is not None})

@@ -1,47 +1,49 @@
-"""Any OpenAI-compatible server, hosted or own (`vllm serve`, llama.cpp): paid answers are kept and never asked twice.
+"""Any OpenAI-compatible server, hosted or one's own (`vllm serve`, llama.cpp).
 
-The seed is part of an answer's name on disk and is not sent: hosted providers ignore it, CPU builds of vLLM die of it.
+A sample is a request, and a request is a file, named by server, prompt, settings, seed and number:
+what was paid for is not asked again. It holds text and token count, never the key. The seed is not
+sent: hosted providers ignore it, CPU builds of vLLM die of it.
 """
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import httpx2
 import openai
-from filelock import FileLock
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
-from foggen.engines.base import Completion, Engine, EngineError, Sampling
+from foggen.engines.base import Chats, Completion, Engine, EngineError, Sampling
 from foggen.prompts import Messages
-from foggen.store import ROOT, write_text
+from foggen.store import ROOT, digest, write_text
 
 log = logging.getLogger(__name__)
-Response = dict[str, Any]
-SETTINGS = {
-    400: "the prompt or a setting (`max_tokens`, `extra_body`, the server's context length)",
-    402: "the account's quota: it is not paid",
-    401: "the key in the environment variable {key_variable} (`key_variable`)",
-    403: "the key in the environment variable {key_variable} (`key_variable`)",
-    404: "`model` or `base_url`",
+ADVICE = {
+    400: "check the prompt and settings (`max_tokens`, `extra_body`, the server's context length)",
+    401: "check the key in the environment variable that `key_variable` names",
+    402: "check the account's quota: it is not paid",
+    403: "check what the key in the environment variable that `key_variable` names may use",
+    404: "check `model` and `base_url`",
 }
+ADDRESS = re.compile(r"(https?)://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?(/[^\s?#@]*)?", re.I)
 
 
 @dataclass
 class OpenAIEngine(Engine):
-    """See `Engine`. Prices are USD per million tokens; `on_cloud_failure` says what follows exhausted retries.
+    """See `Engine`. `timeout` is in seconds, for a whole reply.
 
-    `stop` raises (run again to resume: nothing paid is lost), `keep_local` leaves those prompts without completions
-    and counts them in `failures`; outcomes tables then keep the local answer and mark the row. The client of `openai`
-    waits 0.5 to 8 s between tries, or what Retry-After asks for.
+    `on_failure` says what follows when retries are used up: `stop` raises (run again to resume),
+    `keep_local` leaves the prompt without completions, for the next run to ask, and counts it in
+    `failures`. The client of `openai` waits .5 to 8 s between tries, or up to 120 s of Retry-After.
+    Raises EngineError at once for an address or a key that cannot work.
     """
 
     model: str
@@ -52,179 +54,187 @@ class OpenAIEngine(Engine):
     concurrency: int = 16
     timeout: float = 120.0
     max_retries: int = 10
-    price_in: float = 0.0
-    price_out: float = 0.0
-    on_cloud_failure: Literal["stop", "keep_local"] = "stop"
+    on_failure: Literal["stop", "keep_local"] = "stop"
     extra_body: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.name, self.used, self.failures = self.model, [0, 0], 0
-        self._failed: Exception | None = None
+        self.name, self.failures = self.model, 0
+        self.end: EngineError | None = None  # why no more is asked
+        check_address(self.base_url)
+        read_key(self.key_variable)
 
-    def generate(self, prompts: Sequence[Messages], sampling: Sampling) -> list[list[Completion]]:
-        """As in `Engine`. `tokens` of one of n > 1 samples is their mean: servers report the sum."""
-        fields = {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens}
-        bodies = [self._body(prompt, **fields, stop=list(sampling.stop) or None) for prompt in prompts]
-        answers = [_completions(kept)[: sampling.n] for kept in self._answers(bodies, sampling.n, sampling.seed)]
-        return [texts if len(texts) == sampling.n else [] for texts in answers]
-
-    def score(
-        self, prompts: Sequence[Messages], continuations: Sequence[Sequence[str]], temperature: float = 1.0
-    ) -> list[list[float]]:
-        """As in `Engine`, from the prompt log-probabilities of vLLM's server, which are at temperature 1."""
-        if temperature != 1.0:
-            raise EngineError("score: servers report log-probabilities at temperature 1; use another engine")
-        fields = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0}
-        pairs = zip(prompts, continuations, strict=True)
-        bodies = [self._body(_continued(prompt, text), **fields) for prompt, texts in pairs for text in texts]
-        answers = iter(self._answers(bodies, 1, 0))
-        return [[_log_probability(next(answers), text) for text in texts] for texts in continuations]
-
-    def reload(self, path: Path) -> None:
-        """A server's weights are its own."""
-        raise EngineError(f"engine openai cannot load {path}: use engine transformers or vllm for a trained model")
-
-    def _body(self, prompt: Messages, **fields: Any) -> dict[str, Any]:
-        """The request, which together with the seed names its answers on disk."""
-        going_on = {"continue_final_message": True, "add_generation_prompt": False}
-        more = going_on if prompt[-1]["role"] == "assistant" else {}
-        return {"model": self.model, "messages": prompt, **fields, **more, **self.extra_body}
-
-    def _answers(self, bodies: list[dict[str, Any]], n: int, seed: int) -> list[list[Response]]:
-        """What is kept for each body. The event loop has a thread of its own, so that notebooks can call this, too."""
-        key = os.environ.get(self.key_variable, "") if self.key_variable else "none"
-        if not key:
-            raise EngineError(f"environment variable {self.key_variable} (`key_variable`) is empty; put the key there")
-        names = [hashlib.sha256(json.dumps([body, seed], sort_keys=True).encode()).hexdigest() for body in bodies]
-        paths = [Path(self.cache) / name[:2] / f"{name}.json" for name in names]
-        todo = {path: body for path, body in zip(paths, bodies, strict=True) if len(_completions(_read(path))) < n}
-        self._failed = None
-        with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(asyncio.run, self._ask(todo, n, key))
+    def generate(self, prompts: Chats, sampling: Sampling) -> list[list[Completion]]:
+        """As in `Engine`."""
+        url, samples, self.end = self.base_url.rstrip("/"), range(sampling.n), None
+        bodies = [self._body(prompt, sampling) for prompt in prompts]
+        names = [[digest([url, body, sampling.seed, k]) for k in samples] for body in bodies]
+        todo = {name: body for body, row in zip(bodies, names, strict=True) for name in row}
+        options: dict[str, Any] = {"base_url": url, "max_retries": self.max_retries}
+        options |= {"api_key": read_key(self.key_variable), "http_client": LimitedClient(self)}
+        client = openai.OpenAI(**options)
+        with client, ThreadPoolExecutor(self.concurrency) as pool:
+            asked = pool.map(partial(self._reply, client), todo, todo.values())
             try:
-                future.result()
-            except BaseException:  # such as Ctrl-C: answers on their way are still kept, nothing new is asked
-                self._failed = EngineError("interrupted")
+                bar = tqdm(asked, "cloud", len(todo), unit=" questions", delay=1)
+                replies = dict(zip(todo, bar, strict=True))
+            except BaseException:  # such as Ctrl-C: what is on its way is kept, no more is asked
+                self.end = self.end or EngineError("cloud: interrupted")
                 raise
-        if self._failed:
-            raise self._failed
-        return [_read(path) for path in paths]
+        answers = [[replies[name] for name in row] for row in names]
+        self.failures = sum(None in row for row in answers)
+        if uncounted := sum(bool(c and c.text and not c.tokens) for row in answers for c in row):
+            log.warning("cloud: %d replies came without a token count: 0 stands for it", uncounted)
+        return [[c for c in row if c and None not in row] for row in answers]
 
-    async def _ask(self, todo: dict[Path, dict[str, Any]], n: int, key: str) -> None:
-        """Brings every file to `n` texts; after a failure those on their way are awaited, and no more are asked."""
-        hooks: dict[str, Any] = {"request": [self._go_on], "response": [_judge]}
-        web = openai.DefaultAsyncHttpxClient(event_hooks=hooks)
-        client = openai.AsyncOpenAI(
-            api_key=key, base_url=self.base_url, timeout=self.timeout, max_retries=self.max_retries, http_client=web
-        )
-        gate = asyncio.Semaphore(self.concurrency)
-        progress = tqdm(total=len(todo), desc="cloud", unit=" questions", mininterval=5, disable=not todo)
+    def _body(self, prompt: Messages, sampling: Sampling) -> dict[str, Any]:
+        """The request. `top_p` is always said: a server may have a default of its own."""
+        body = {"model": self.model, "messages": prompt, "max_tokens": sampling.max_tokens}
+        body |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        body |= {"top_k": sampling.top_k} if sampling.top_k else {}
+        body |= {"stop": list(sampling.stop)} if sampling.stop else {}
+        if prompt[-1]["role"] == "assistant":
+            body |= {"continue_final_message": True, "add_generation_prompt": False}
+        return body | self.extra_body
 
-        async def complete(path: Path, body: dict[str, Any]) -> None:
-            async with gate:
-                while (missing := n - len(_completions(_read(path)))) > 0:
-                    asked = {**body, "n": missing} if missing > 1 else body
-                    try:
-                        response: Any = await client.post("/chat/completions", body=asked, cast_to=object)
-                    except openai.OpenAIError as error:
-                        return self._note(error, f"{type(error).__name__}: {error}".replace(key, "***"))
-                    except EngineError:
-                        return None
-                    _add(path, response)
-                    progress.set_postfix_str(self._count(response), refresh=False)
-                progress.update()
+    def _reply(self, client: openai.OpenAI, name: str, body: dict[str, Any]) -> Completion | None:
+        """What the file of this name holds, or else the server says; None if that failed."""
+        file = Path(self.cache) / name[:2] / f"{name}.json"
+        reply = read_reply(file.read_bytes()) if file.exists() else None
+        if reply is None:
+            try:
+                sent = client.post("/chat/completions", body=body, cast_to=httpx2.Response)
+            except openai.OpenAIError as error:
+                self._fail(error, client.api_key)
+                return None
+            if reply := read_reply(sent.content, client.api_key):
+                write_text(file, reply_text(reply))
+        return reply
 
-        async with client:
-            with progress:
-                await asyncio.gather(*(complete(path, body) for path, body in todo.items()))
-
-    def _count(self, response: Response) -> str:
-        """Adds to `used`; what was used so far, in words."""
-        self.used = [self.used[0] + _tokens(response, "prompt"), self.used[1] + _tokens(response, "completion")]
-        cost = (self.used[0] * self.price_in + self.used[1] * self.price_out) / 1e6
-        return f"{sum(self.used)} tokens, about ${cost:.4f}"
-
-    async def _go_on(self, _: Any) -> None:
-        """Before each try."""
-        if self._failed:
-            raise self._failed
-
-    def _note(self, error: Exception, message: str) -> None:
-        """Counts a failure, or makes it the end of this run."""
+    def _fail(self, error: Any, key: str) -> None:
+        """Warns of a failure that may pass, under keep_local. Raises EngineError for all others."""
         status = getattr(error, "status_code", 500)
-        advice = "check " + SETTINGS.get(status, "the server's log").format(key_variable=self.key_variable)
-        if status in (408, 409, 429) or status >= 500:
-            advice = f"gave up after {self.max_retries} retries (`max_retries`); run again to resume"
-            if self.on_cloud_failure == "keep_local":
-                self.failures += 1
-                return log.warning("cloud: %s. %s", advice, message)
-        self._failed = self._failed or EngineError(f"cloud: {advice}. {message}")
+        passing = status in (408, 409, 429) or status >= 500
+        advice = ADVICE.get(status, "check the server's log")
+        if passing:
+            retries = int(error.request.headers.get("x-stainless-retry-count", 0))
+            advice = f"gave up after {retries} retries (`max_retries`); run again to resume"
+            if retries < self.max_retries:  # the client waits for 120 s at most
+                asks = {k: v for k, v in error.response.headers.items() if "retry" in k}
+                advice = f"the server refuses retries for now, {asks}; run again then to resume"
+        said = f"{status} {error.response.text}" if hasattr(error, "response") else error.__cause__
+        message = masked(f"cloud: {advice}. {type(error).__name__}: {said}", key)[:1000]
+        if not passing or self.on_failure == "stop":
+            self.end = self.end or EngineError(message)
+            raise self.end from None
+        log.warning(message)
 
 
-async def _judge(response: Any) -> None:
-    """Gives the status its meaning, since the client retries by it: 429 is also said of an unpaid quota, which waiting
-    does not help, and 200 of broken bodies, which another try may."""
-    body = await response.aread()
-    if response.status_code == 429 and b"insufficient_quota" in body:
-        response.status_code = 402
-    if response.status_code == 200:
+class LimitedClient(openai.DefaultHttpxClient):
+    """Gives a try the engine's `timeout` in all (httpx: per piece), and none once `end` is set.
+
+    A reply without a choice that can be read becomes a server's fault (502), which is tried again.
+    """
+
+    def __init__(self, engine: OpenAIEngine) -> None:
+        super().__init__(timeout=engine.timeout)
+        self.engine, self.tries = engine, ThreadPoolExecutor(1000)
+
+    def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+        """The response, read to its end."""
+        if self.engine.end:
+            raise self.engine.end
         try:
-            texts = [choice["message"]["content"] for choice in json.loads(body)["choices"]]
-        except (ValueError, LookupError, TypeError):
-            texts = []
-        if not texts:
+            sent = self.tries.submit(super().send, request, **options)
+            response = sent.result(self.engine.timeout)
+        except TimeoutError:
+            late = f"no whole reply within {self.engine.timeout} s (`timeout`)"
+            raise httpx2.ReadTimeout(late, request=request) from None
+        if response.status_code == 429 and b"insufficient_quota" in response.content:
+            response.status_code = 402  # which waiting does not help
+        if response.is_success and read_reply(response.content) is None:
             response.status_code = 502
+        return response
 
 
-def _continued(prompt: Messages, text: str) -> Messages:
-    """The prompt with `text` as (the continuation of) its assistant turn."""
-    begun = prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else ""
-    return [*(prompt[:-1] if begun else prompt), {"role": "assistant", "content": begun + text}]
+# --------------------------------------------------------------------------------------------------
+# What a reply holds
 
 
-def _log_probability(responses: list[Response], text: str) -> float:
-    """The sum over the last prompt tokens that spell `text`."""
-    listed = responses[0].get("prompt_logprobs") if responses else None
-    if not listed:
-        raise EngineError("score: this server (`base_url`) reports no prompt log-probabilities; `vllm serve` does")
-    total, spelled = 0.0, ""
-    for token in reversed(listed):
-        if spelled == text or token is None:
-            break
-        (entry,) = token.values()
-        total, spelled = total + entry["logprob"], entry["decoded_token"] + spelled
-    if spelled != text:
-        raise EngineError(f"score: the server's tokens do not spell {text!r} but {spelled!r}")
-    return total
+def read_reply(body: bytes, key: str = "") -> Completion | None:
+    """What a server or a file says, with the key masked; None if it has no choice.
 
-
-def _completions(responses: list[Response]) -> list[Completion]:
-    return [
-        Completion(
-            choice["message"]["content"] or "",
-            round(_tokens(response, "completion") / len(response["choices"])),
-            choice.get("finish_reason") != "length",
-        )
-        for response in responses
-        for choice in response["choices"]
-    ]
-
-
-def _tokens(response: Response, kind: str) -> int:
-    return int((response.get("usage") or {}).get(f"{kind}_tokens", 0))
-
-
-def _read(path: Path) -> list[Response]:
-    """The responses kept for a question: none when there is no file, or it is damaged or holds something else."""
+    {"choices": [{"message": {"content": "Confidence: 1.0"}, "finish_reason": "stop"}],
+     "usage": {"completion_tokens": 12}}
+    """
     try:
-        kept = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return []
-    return kept if isinstance(kept, list) else []
+        data = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    choice = part(data, "choices", 0)
+    if not isinstance(choice, dict):
+        return None
+    tokens = part(data, "usage", "completion_tokens")
+    tokens = tokens if type(tokens) is int and 0 <= tokens < 10**9 else 0
+    text = masked(text_of(part(choice, "message", "content")), key)
+    return Completion(text, tokens, finished=choice.get("finish_reason") != "length")
 
 
-def _add(path: Path, response: Response) -> None:
-    """Adds a paid response to the file, which changes at once and as a whole; one process at a time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.parent.with_name("writing.lock")):
-        write_text(path, json.dumps([*_read(path), response]))
+def reply_text(reply: Completion) -> str:
+    """What `read_reply` reads, and no more; a missing count is null."""
+    reason = "stop" if reply.finished else "length"
+    choice = {"message": {"content": reply.text}, "finish_reason": reason}
+    usage = {"completion_tokens": reply.tokens or None}
+    return json.dumps({"choices": [choice], "usage": usage})
+
+
+def text_of(content: Any) -> str:
+    """A message's content: a text, or a list of parts, of which those that are text count."""
+    pieces = content if isinstance(content, list) else [content]
+    texts = [piece if isinstance(piece, str) else part(piece, "text") for piece in pieces]
+    whole = "".join(text for text in texts if isinstance(text, str))
+    return whole.encode("utf-8", "replace").decode()  # half a surrogate pair could not be written
+
+
+def part(value: Any, *path: str | int) -> Any:
+    """What lies at a path of a JSON value; None where there is no such place."""
+    for step in path:
+        try:
+            value = value[step]
+        except (LookupError, TypeError):
+            return None
+    return value
+
+
+# --------------------------------------------------------------------------------------------------
+# Addresses and keys
+
+
+def masked(text: str, key: str) -> str:
+    """The text without the key; a shorter word ("none", "EMPTY") is no secret, and may be meant."""
+    return text.replace(key, "***") if len(key) >= 8 else text
+
+
+def read_key(variable: str | None) -> str:
+    """The key of an environment variable. Raises EngineError for what no HTTP header can carry."""
+    key = os.environ.get(variable, "") if variable else "none"
+    if not key:
+        raise EngineError(
+            f"environment variable {variable} (`key_variable`) is empty: no key there"
+        )
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        odd = "a space, a line break or a character that is not ASCII"
+        raise EngineError(f"the key in {variable} (`key_variable`) holds {odd}: copy it again")
+    return key
+
+
+def check_address(url: Any) -> None:
+    """Raises EngineError for what is not a server's address alone; warns of plain http."""
+    address = ADDRESS.fullmatch(str(url))
+    if not address:
+        shown = re.sub("^.*@|[?#].*$", "***", str(url), flags=re.S)
+        form = "http(s)://host[:port]/path, such as https://api.openai.com/v1"
+        more = "a key goes into the environment variable that `key_variable` names"
+        raise EngineError(f"base_url: expected {form}, found {shown!r}; {more}")
+    local = re.fullmatch(r"localhost|127\..*|\[::1\]", address[2], re.I)
+    if address[1].lower() == "http" and not local:
+        log.warning("base_url %s is plain http: key and questions can be read on the way", url)

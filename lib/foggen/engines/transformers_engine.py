@@ -1,114 +1,106 @@
-"""Runs any `AutoModelForCausalLM` on a CPU or GPU: what prompts and their samples have in common is run once."""
+"""Runs any `AutoModelForCausalLM` on a CPU or GPU: what all prompts begin with is run once.
+
+Samples of a prompt are rows of a batch, which branch where their tokens differ. Greedy texts are
+those of `model.generate`. Knows nothing of questions and labels.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import logging
-import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from transformers.masking_utils import sdpa_mask
-from transformers.modeling_utils import PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils import logging as bars
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+from transformers.utils import logging as transformers_logging
 
-from foggen.engines.base import Completion, Engine, EngineError, Sampling, cut_at_stop
-from foggen.prompts import Messages, encode_chat, plain_ids
+from foggen.engines import base
+from foggen.engines.base import Chats, Completion, Engine, Sampling, Texts
+from foggen.prompts import encode_chat
 
 log = logging.getLogger(__name__)
+transformers_logging.disable_progress_bar()  # of loading weights: debris in a notebook
 Ids = list[int]
 
 
-@contextmanager
-def no_bars() -> Iterator[None]:
-    """Without the progress bars of transformers: in a notebook they are debris."""
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            bars.enable_progress_bar()
+@dataclass
+class Rows:
+    """Rows of tokens that the model has read: their keys and values, and which places hold pads."""
+
+    cache: Any
+    mask: Tensor  # [rows, length]: 1, or 0 for a pad
+
+    def take(self, rows: Tensor) -> None:
+        """Goes on with these rows [new rows], each as often as it is named."""
+        if not torch.equal(rows, torch.arange(len(self.mask), device=rows.device)):
+            self.mask = self.mask[rows]
+            self.cache.reorder_cache(rows)
 
 
 class TransformersEngine(Engine):
-    """See `Engine`. `token_budget` bounds the tokens of one pass through the model (default: by device).
+    """See `Engine`. `dtype` is auto, float32, bfloat16 or float16.
 
-    The prompts' common beginning (`root`) is run once and held once, if the model's attention is plain and sees all
-    of the prompt; else each prompt is run whole. Samples of a prompt are rows that branch where their tokens differ.
+    `token_budget` bounds the prompt tokens of one pass through the model (default: by device); the
+    cache of keys and values may hold eight times as many.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        name: str = "",
-        token_budget: int | None = None,
+        self, path: str | Path, dtype: str = "auto", token_budget: int | None = None
     ) -> None:
-        self.model, self.tokenizer, self.device = model.eval(), tokenizer, model.device
-        self.name = name or str(model.config._name_or_path)
-        # A CPU's own caches want few tokens at a time, a GPU many: 8192 suit 16 GB.
+        self.name = str(path)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = pick_dtype(dtype, self.device)
+        # A CPU's own caches want few tokens at a time, a GPU many: 8192 suit 16 GB
         self.token_budget = token_budget or (4096 if self.device.type == "cpu" else 8192)
-        self.end_ids = _end_ids(model, tokenizer)
-
-    @classmethod
-    def load(cls, path: str | Path, dtype: str = "auto", device: str = "auto", **options: Any) -> TransformersEngine:
-        """From a folder or hub name. `dtype`: auto, float32, bfloat16, float16; `device`: auto, cpu, cuda..."""
-        where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-        with no_bars():
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=pick_dtype(dtype, where))
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        return cls(model.to(where), tokenizer, str(path), **options)  # type: ignore[arg-type]
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        self.reload(path)
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Messages], sampling: Sampling) -> list[list[Completion]]:
-        """As in `Engine`. A prompt's samples depend on the seed and on itself, not on its neighbours."""
-        n, tokens = sampling.n, sampling.max_tokens
+    def generate(self, prompts: Chats, sampling: Sampling) -> list[list[Completion]]:
+        """As in `Engine`. A prompt's samples depend on the seed and itself, not on others."""
         whole = [encode_chat(self.tokenizer, messages) for messages in prompts]
-        prefix, rows = self._split(whole, tokens)
-        noise = torch.from_numpy(sample_noise(whole, sampling)) if sampling.temperature > 0 else None
+        noise = sample_noise(whole, sampling) if sampling.temperature > 0 else None
         results: list[list[Completion]] = [[] for _ in prompts]
-        with self._rooted(prefix):
-            # Counted as short: texts are, as a rule, and end together.
-            for batch in self._batches(rows, n * (8 + tokens // 16), n * tokens):
-                uniform = None if noise is None else noise[batch].flatten(0, 1).to(self.device)
-                texts = self._continue(len(prefix), [rows[i] for i in batch], sampling, uniform)
-                for place, index in enumerate(batch):
-                    results[index] = [self._completion(ids, sampling) for ids in texts[place * n : (place + 1) * n]]
+        for batch, rows, logits in self._read_prompts(whole, sampling.n, sampling.max_tokens):
+            uniform = None if noise is None else noise[batch].flatten(0, 1)  # [texts, tokens]
+            texts = iter(self._continue(rows, logits, sampling, uniform))
+            for index in batch:
+                ids = [next(texts) for _ in range(sampling.n)]
+                results[index] = [self._completion(text, sampling) for text in ids]
         return results
 
     @torch.inference_mode()
     def score(
-        self, prompts: Sequence[Messages], continuations: Sequence[Sequence[str]], temperature: float = 1.0
+        self, prompts: Chats, texts: Texts, temperature: float = 1, top_p: float = 1, top_k: int = 0
     ) -> list[list[float]]:
-        """As in `Engine`. A prompt and all its continuations, as a trie, are one row of one pass."""
-        ids = {text: plain_ids(self.tokenizer, text) for text in {t for texts in continuations for t in texts}}
-        if not all(ids.values()):
-            raise EngineError("score: a continuation is empty; expected at least one token")
-        known = {texts: Trie.of([ids[text] for text in texts]) for texts in set(map(tuple, continuations))}
-        tries = [known[tuple(texts)] for texts in continuations]
-        most = max((len(trie.tokens) for trie in tries), default=0)
-        prefix, rows = self._split([encode_chat(self.tokenizer, messages) for messages in prompts], most)
-        if not prefix and any(len(texts) > 1 for texts in continuations):  # a trie needs an attention of our own
-            pairs = [(prompt, [text]) for prompt, texts in zip(prompts, continuations, strict=True) for text in texts]
-            single = iter(self.score([prompt for prompt, _ in pairs], [text for _, text in pairs], temperature))
-            return [[next(single)[0] for _ in texts] for texts in continuations]
+        """As in `Engine`. Texts of a prompt that differ in their last token only are run as one."""
+        ends = base.text_ids(self.tokenizer, texts)
+        paths = [longest_beginnings(own) for own in ends]
+        copies = max(map(len, paths), default=0)
+        more = max((len(path) + 1 for own in paths for path in own), default=0)
+        whole = [encode_chat(self.tokenizer, messages) for messages in prompts]
         results: list[list[float]] = [[] for _ in prompts]
-        with self._rooted(prefix):
-            for batch in self._batches(rows, most, most):
-                chosen = [rows[i] for i in batch], [tries[i] for i in batch]
-                for index, row in zip(batch, self._score(len(prefix), *chosen, temperature), strict=True):
-                    results[index] = row
+        # Read the prompts but for their last tokens, then a row for every path: last token and path
+        for batch, rows, _ in self._read_prompts([prompt[:-1] for prompt in whole], copies, more):
+            owners = [place for place, index in enumerate(batch) for _ in paths[index]]
+            rows.take(torch.tensor(owners, device=self.device))
+            tails = [[whole[index][-1], *path] for index in batch for path in paths[index]]
+            tokens, mask = self._padded(tails, "right")
+            logits = self._read(rows, tokens, mask, keep=tokens.shape[1])
+            logs = tempered(logits, temperature, top_p, top_k).log_softmax(-1)
+            own = torch.split(logs, [len(paths[index]) for index in batch])
+            for index, rows_of_paths in zip(batch, own, strict=True):
+                results[index] = path_scores(rows_of_paths, paths[index], ends[index])
         return results
 
     def sleep(self) -> None:
@@ -116,253 +108,178 @@ class TransformersEngine(Engine):
         self.model.to("cpu")
         torch.cuda.empty_cache()  # else this process holds on to the memory that it has freed
 
-    def reload(self, path: Path) -> None:
-        """Takes new weights; nothing of the old ones is kept (prefix caches live for one call)."""
-        with no_bars():
-            fresh = AutoModelForCausalLM.from_pretrained(path, dtype=self.model.dtype)
-        self.model = fresh.to(self.device).eval()  # type: ignore[arg-type]
+    def reload(self, path: str | Path) -> None:
+        """Takes weights and end tokens; nothing of earlier ones stays (caches live for a call)."""
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype)
+        self.model = model.to(self.device).eval()
+        self.end_ids = base.end_tokens(model.generation_config, self.tokenizer)
 
     def close(self) -> None:
         """Frees the weights."""
         del self.model
         torch.cuda.empty_cache()
 
-    def _split(self, whole: list[Ids], more: int) -> tuple[Ids, list[Ids]]:
-        """The root, and what follows it in each row; without a root where the model cannot share one."""
-        longest = max(map(len, whole), default=0) + more
-        return split_prefix(whole) if longest <= shared_length(self.model) else ([], whole)
+    def _read_prompts(
+        self, prompts: list[Ids], copies: int, more: int
+    ) -> Iterator[tuple[list[int], Rows, Tensor]]:
+        """Batches of prompts, read: their indices, rows, and logits [rows, vocabulary] after them.
 
-    @contextmanager
-    def _rooted(self, prefix: Ids) -> Iterator[None]:
-        """Inside, every row goes on from `prefix`."""
-        if not prefix:
-            yield
-            return
-        root = DynamicCache()
-        self.model(input_ids=self._tensor([prefix]), past_key_values=root, logits_to_keep=1)
-        before = self.model.config._attn_implementation
-        AttentionInterface.register(ROOTED, partial(rooted_attention, root))
-        self.model.set_attn_implementation(ROOTED)
-        try:
-            yield
-        finally:
-            self.model.set_attn_implementation(before)
-
-    def _run(self, start: int, ids: Tensor, mask: Tensor, cache: DynamicCache, keep: int = 1) -> Tensor:
-        """Logits [rows, keep, vocabulary] of the last of `ids` [rows, width], after `start` tokens of the root.
-
-        `mask` [rows, length] is 0 for pads, or, [rows, 1, width, length], says what each token sees.
+        A prompt will be `copies` rows in the cache, each with `more` tokens.
         """
-        seen = mask[:, 0].sum(-1) if mask.dim() == 4 else mask.cumsum(-1)[:, -ids.shape[1] :]
-        logits: Tensor = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=(start + seen - 1).clamp(min=0),
-            past_key_values=cache,
-            logits_to_keep=keep,
-        ).logits
-        return logits
+        # Read what all prompts begin with, once. Pads will lie behind it: nothing is shared where
+        # a layer counts distances by place (a sliding window), or recurs
+        nothing = torch.zeros(1, 0, dtype=torch.long, device=self.device)
+        prefix = Rows(DynamicCache(config=self.model.config), nothing)
+        plain = all(type(layer) is DynamicLayer for layer in prefix.cache.layers)
+        shared = common_beginning(prompts) if plain else []
+        if shared:
+            self._read(prefix, *self._padded([shared]))
+        # Longest first, as many at a time as the budget allows
+        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+        while order:
+            length = len(prompts[order[0]])
+            tokens = max(length - len(shared), copies * (length + more) // 8)
+            size = max(1, self.token_budget // tokens)
+            batch, order = order[:size], order[size:]
+            rows = copy.deepcopy(prefix)
+            rows.take(torch.zeros(len(batch), dtype=torch.long, device=self.device))
+            rests = [prompts[index][len(shared) :] for index in batch]
+            yield batch, rows, self._read(rows, *self._padded(rests))[:, -1]
 
-    def _padded(self, rows: list[Ids]) -> tuple[Tensor, Tensor]:
-        """Ids and mask [rows, width], with pads on the left."""
-        width = max(map(len, rows))
-        ids = self._tensor([[0] * (width - len(row)) + row for row in rows])
-        return ids, self._tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    def _continue(
+        self, rows: Rows, logits: Tensor, sampling: Sampling, uniform: Tensor | None
+    ) -> list[Ids]:
+        """Generated ids of `n` texts of each row, in order, with the end token.
 
-    def _continue(self, start: int, rows: list[Ids], sampling: Sampling, uniform: Tensor | None) -> list[Ids]:
-        """Generated ids of `n` texts of each row, in row order, with the end token; equal beginnings are run once."""
-        ids, mask = self._padded(rows)
-        cache = DynamicCache() if start else DynamicCache(config=self.model.config)
-        logits = self._run(start, ids, mask, cache)[:, -1]
-        size = logits.shape[-1]
-        texts: list[Ids] = [[] for _ in range(len(rows) * sampling.n)]
-        alive = list(range(len(texts)))
-        branch = torch.arange(len(rows), device=self.device).repeat_interleave(sampling.n)  # the row of each alive text
+        Texts share a row of the batch up to where they differ. `uniform`: [texts, tokens].
+        """
+        texts: list[Ids] = [[] for _ in range(len(logits) * sampling.n)]
+        running = list(range(len(texts)))  # the texts that have not ended
+        row = torch.arange(len(logits), device=self.device).repeat_interleave(
+            sampling.n
+        )  # [running]
         for step in range(sampling.max_tokens):
-            token = pick_tokens(logits, branch, sampling.temperature, None if uniform is None else uniform[alive, step])
-            for index, new in zip(alive, token.tolist(), strict=True):
-                texts[index].append(new)
-            going = [place for place, index in enumerate(alive) if not self._ended(texts[index], sampling)]
+            # A token for every running text
+            chance = None if uniform is None else uniform[running, step].to(self.device)
+            tokens = pick_tokens(logits, row, sampling, chance)  # [running]
+            for index, token in zip(running, tokens.tolist(), strict=True):
+                texts[index].append(token)
+            going = [
+                k for k, index in enumerate(running) if not self._ended(texts[index], sampling)
+            ]
             if not going or step + 1 == sampling.max_tokens:
                 break
-            alive = [alive[place] for place in going]
-            nodes, branch = torch.unique(branch[going] * size + token[going], return_inverse=True)
-            parents = nodes // size
-            if len(parents) != len(mask) or bool((parents[1:] == parents[:-1]).any()):
-                cache.reorder_cache(parents)
-                mask = mask[parents]
-            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-            logits = self._run(start, nodes[:, None] % size, mask, cache)[:, -1]
+            # A new row for every different token of a row
+            running = [running[k] for k in going]
+            pairs = torch.stack([row[going], tokens[going]], 1)  # [running, 2]
+            new, row = torch.unique(pairs, dim=0, return_inverse=True)  # [rows, 2], [running]
+            rows.take(new[:, 0])
+            logits = self._read(rows, new[:, 1:], torch.ones_like(new[:, 1:]))[:, -1]
         return texts
 
+    def _read(self, rows: Rows, ids: Tensor, mask: Tensor, keep: int = 1) -> Tensor:
+        """Logits [rows, keep, vocabulary] of the last of `ids` [rows, width] (`mask` 0: a pad)."""
+        rows.mask = torch.cat([rows.mask, mask], 1)
+        positions = (rows.mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # [rows, width]
+        where = {"attention_mask": rows.mask, "position_ids": positions}
+        output = self.model(ids, past_key_values=rows.cache, logits_to_keep=keep, **where)
+        return output.logits  # type: ignore[no-any-return]
+
+    def _padded(self, rows: list[Ids], side: str = "left") -> tuple[Tensor, Tensor]:
+        """Ids and mask [rows, width], with pads on one side."""
+        ids = [torch.tensor(row, device=self.device) for row in rows]
+        pad = partial(pad_sequence, batch_first=True, padding_side=side)
+        return pad(ids), pad([torch.ones_like(row) for row in ids])
+
     def _ended(self, ids: Ids, sampling: Sampling) -> bool:
-        return ids[-1] in self.end_ids or bool(sampling.stop and self._completion(ids, sampling).finished)
+        stopped = bool(sampling.stop) and self._completion(ids, sampling).finished
+        return stopped or ids[-1] in self.end_ids
 
     def _completion(self, ids: Ids, sampling: Sampling) -> Completion:
         whole = str(self.tokenizer.decode(ids, skip_special_tokens=True))
         text = cut_at_stop(whole, sampling.stop)
         return Completion(text, len(ids), ids[-1] in self.end_ids or text != whole)
 
-    def _score(self, start: int, rows: list[Ids], tries: list[Trie], temperature: float) -> list[list[float]]:
-        """Log-probabilities of the ends of each row's trie."""
-        ids, mask = self._padded([row + trie.tokens for row, trie in zip(rows, tries, strict=True)])
-        most = max(len(trie.tokens) for trie in tries)
-        if start:
-            seen = mask[:, None, None].bool() & torch.ones_like(mask[0]).diag().cumsum(0).bool()
-            for row, trie in zip(seen[:, 0], tries, strict=True):
-                own = row.shape[0] - len(trie.tokens)
-                row[own:, own:] = self._tensor(trie.seen)
-            mask = seen
-        logits = self._run(start, ids, mask, DynamicCache(), most + 1).float() / temperature
-        total = logits.logsumexp(-1)
-        scores = []
-        for row, trie in enumerate(tries):
-            node, token, end = self._tensor(trie.steps).unbind(1)
-            node += most - len(trie.tokens)
-            gains = logits[row, node, token] - total[row, node]
-            scores.append(gains.new_zeros(trie.ends).index_add(0, end, gains).tolist())
-        return scores
 
-    def _batches(self, rows: list[Ids], ahead: int, held: int) -> Iterator[list[int]]:
-        """Indices of rows, longest first: as many as the budget allows when a row counts with `ahead` tokens to come.
-
-        A row may come to hold `held` tokens more; the keys and values of eight budgets must fit into the memory.
-        """
-        batch: list[int] = []
-        for index in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
-            width, count = (len(rows[batch[0]]) if batch else 0), len(batch) + 1
-            if batch and max(count * (width + ahead), count * (width + held) // 8) > self.token_budget:
-                yield batch
-                batch = []
-            batch.append(index)
-        if batch:
-            yield batch
-
-    def _tensor(self, values: Any) -> Tensor:
-        return torch.tensor(values, device=self.device)
+# --------------------------------------------------------------------------------------------------
+# Texts and token ids
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Attention over a shared beginning, after Juravsky et al. 2024, "Hydragen", arXiv 2402.05099
-
-ROOTED = "foggen_rooted"
-
-
-def rooted_attention(
-    root: DynamicCache,
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor,
-    scaling: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attention of `query` [rows, heads, width, size] over the one root and the rows' own `key` and `value`."""
-    layer: Any = root.layers[module.layer_idx]  # type: ignore[index]
-    rows, heads, width, size = query.shape
-    groups, length = key.shape[1], layer.keys.shape[2]
-    query = (query * (scaling or size**-0.5)).reshape(rows, groups, -1, size)
-    shared = query.transpose(0, 1).flatten(1, 2) @ layer.keys[0].transpose(1, 2)
-    shared = shared.view(groups, rows, -1, length).transpose(0, 1)
-    own = (query @ key.transpose(2, 3)).view(rows, groups, -1, width, key.shape[2])
-    own = own.masked_fill(~attention_mask[:, :, None], -math.inf).flatten(2, 3)
-    weights = torch.cat([shared, own], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
-    out = weights[..., length:] @ value
-    shared = weights[..., :length].transpose(0, 1).flatten(1, 2) @ layer.values[0]
-    out += shared.view(groups, rows, -1, size).transpose(0, 1)
-    return out.view(rows, heads, width, size).transpose(1, 2), None
+def cut_at_stop(text: str, stop: tuple[str, ...]) -> str:
+    """The text before the first stop string."""
+    return text[: min((text.find(mark) for mark in stop if mark in text), default=len(text))]
 
 
-def whole_mask(**given: Any) -> Tensor | None:
-    """What each token sees, also where the usual kernel would not ask."""
-    return sdpa_mask(**{**given, "allow_is_causal_skip": False})
+def common_beginning(rows: list[Ids]) -> Ids:
+    """What all rows begin with, short of the last token of any."""
+    low, high = min(rows, default=[]), max(rows, default=[])  # all others lie between these
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(low, high, strict=False))
+    return [token for token, _ in pairs][: min(map(len, rows), default=1) - 1]
 
 
-AttentionMaskInterface.register(ROOTED, whole_mask)
+def longest_beginnings(ends: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Texts without their last tokens, but for those that another one begins with."""
+    heads = {end[:-1] for end in ends} | {()}
+    return [a for a in heads if not any(b[: len(a)] == a for b in heads - {a})]
 
 
-def shared_length(model: PreTrainedModel) -> float:
-    """Tokens up to which rows may share a root: each layer must attend as torch does, and to all."""
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or [])
-    plain = config._attn_implementation == "sdpa" and model._can_set_attn_implementation()
-    if not plain or kinds - {"full_attention", "sliding_attention"}:
-        return 0
-    window = config.sliding_window if "sliding_attention" in kinds else None
-    return window or math.inf
+def path_scores(
+    logs: Tensor, paths: list[tuple[int, ...]], ends: list[tuple[int, ...]]
+) -> list[float]:
+    """Log-probability of each text: of its tokens, summed. `logs`: [paths, places, vocabulary]."""
+    scores = []
+    for end in ends:
+        path = next(k for k, path in enumerate(paths) if path[: len(end) - 1] == end[:-1])
+        scores.append(float(logs[path, range(len(end)), end].sum()))
+    return scores
+
+
+# --------------------------------------------------------------------------------------------------
+# Drawing tokens
+
+
+def sample_noise(prompts: list[Ids], sampling: Sampling) -> Tensor:
+    """Uniform numbers [prompts, n, max_tokens] of the seed, the prompt and its occurrence alone."""
+    shape = (sampling.n, sampling.max_tokens)
+    seeds = base.prompt_seeds(sampling.seed, prompts)
+    noise = [np.random.Generator(np.random.Philox(key=seed)).random(shape) for seed in seeds]
+    return torch.from_numpy(np.array(noise))
+
+
+def tempered(logits: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
+    """Logits [..., vocabulary] over the temperature; -inf where `top_k`, then `top_p` rule out."""
+    shape = logits.shape
+    logits = logits.float().flatten(0, -2) / temperature  # [rows, vocabulary]
+    if top_k > 0:
+        logits = TopKLogitsWarper(top_k)(None, logits)
+    if top_p < 1:
+        logits = TopPLogitsWarper(top_p)(None, logits)
+    return logits.view(shape)
+
+
+def pick_tokens(logits: Tensor, row: Tensor, sampling: Sampling, uniform: Tensor | None) -> Tensor:
+    """A token [texts] for each text from the logits [rows, vocabulary] of its row [texts].
+
+    Greedy, or where the cumulated probability passes `uniform` [texts].
+    """
+    if uniform is None:
+        return logits.argmax(-1)[row]
+    shares = tempered(logits, sampling.temperature, sampling.top_p, sampling.top_k).softmax(-1)
+    total = shares.cumsum(-1)[row]  # [texts, vocabulary]
+    whole = total[:, -1:]
+    wanted = uniform[:, None].to(total.dtype) * whole
+    wanted = wanted.minimum(whole.nextafter(torch.zeros_like(whole)))  # rounding made a 1 of it
+    return torch.searchsorted(total, wanted, right=True)[:, 0]
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The named dtype; `auto`: bfloat16 where the hardware has it, float16 on older GPUs, else float32."""
+    """The named dtype; `auto`: bfloat16 in hardware, else float16 on a GPU, or float32."""
     if dtype != "auto":
         return getattr(torch, dtype)  # type: ignore[no-any-return]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+        modern = torch.cuda.get_device_capability(device)[0] >= 8
+        return torch.bfloat16 if modern else torch.float16
     if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
         return torch.bfloat16
-    log.info("dtype float32: this %s has no bf16 instructions, and is about twice as fast without", device)
+    log.info("dtype float32: this %s has no bf16 instructions, and is faster without", device)
     return torch.float32
-
-
-def split_prefix(rows: list[Ids]) -> tuple[Ids, list[Ids]]:
-    """The common beginning of all rows, and what follows it (at least one token of each row)."""
-    if not rows:
-        return [], []
-    low, high = min(rows), max(rows)  # all rows lie between these two, so they share what these two share
-    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(low, high, strict=False)))
-    common = min(common, min(map(len, rows)) - 1)
-    return low[:common], [row[common:] for row in rows]
-
-
-def sample_noise(rows: list[Ids], sampling: Sampling) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Uniform numbers [rows, n, max_tokens]: a function of the seed, the row and how often it came before."""
-    seen: Counter[bytes] = Counter()
-    noise = np.empty((len(rows), sampling.n, sampling.max_tokens))
-    for index, row in enumerate(rows):
-        text = repr((sampling.seed, row)).encode()
-        key = hashlib.sha256(text + repr(seen[text]).encode()).digest()
-        seen[text] += 1
-        generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little")))
-        noise[index] = generator.random((sampling.n, sampling.max_tokens))
-    return noise
-
-
-class Trie(NamedTuple):
-    """Continuations of one prompt as a tree of the tokens to be run: all but each continuation's last one."""
-
-    tokens: Ids
-    seen: np.ndarray[Any, np.dtype[np.bool_]]  # [tokens, tokens]: itself and those before it in its continuations
-    steps: np.ndarray[Any, np.dtype[np.int64]]  # [steps, 3]: node (0: the prompt's end), token after it, whose end
-    ends: int
-
-    @classmethod
-    def of(cls, ends: Sequence[Ids]) -> Trie:
-        """`ends`: the continuations' ids."""
-        nodes: dict[tuple[int, ...], int] = {(): 0}
-        steps = [
-            (nodes.setdefault(tuple(end[:place]), len(nodes)), token, index)
-            for index, end in enumerate(ends)
-            for place, token in enumerate(end)
-        ]
-        seen = np.zeros((len(nodes), len(nodes)), dtype=bool)
-        for path, node in nodes.items():
-            seen[node, [nodes[path[:place]] for place in range(1, len(path) + 1)]] = True
-        tokens = [path[-1] for path in nodes if path]
-        return cls(tokens, seen[1:, 1:], np.array(steps, dtype=np.int64).reshape(-1, 3), len(ends))
-
-
-def pick_tokens(logits: Tensor, branch: Tensor, temperature: float, uniform: Tensor | None) -> Tensor:
-    """A token a text from its branch's logits: greedy, or where the cumulated probability passes `uniform`."""
-    if uniform is None:
-        return logits.argmax(-1)[branch]
-    total = (logits.float() / temperature).softmax(-1).cumsum(-1)[branch]
-    wanted = uniform[:, None].to(total.dtype) * total[:, -1:]
-    return torch.searchsorted(total, wanted, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-
-
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end a turn: the model's own list and the tokenizer's end token."""
-    own = model.generation_config.eos_token_id if model.generation_config else None
-    listed = own if isinstance(own, list) else [own]
-    return frozenset(int(token) for token in [*listed, tokenizer.eos_token_id] if token is not None)

