@@ -33,9 +33,9 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from foggen import prompts
 from foggen.config import derive_seed, load_profile, override
 from foggen.engines import make_engine
+from foggen.evaluation import greedy_answers
 from foggen.prompts import BUCKETS, LETTERS, Messages, mcq_messages, target_text
 from foggen.questions import TASKS, OpenQuestion, Question
-from foggen.evaluation import greedy_answers
 from foggen.store import ROOT, content_hash, progress, read_json, write_json, write_text
 from foggen.training import encode_row, limit_threads
 
