@@ -206,19 +206,18 @@ def job_tables(run: Run, variant: str) -> Tables:
 # All of them
 
 
-def run_study(profile: str, folder: str, chosen: Sequence[str], processes: int) -> Path:
-    """Runs the chosen variants with all their seeds, and writes the tables that they add up to.
+def run_study(profile: str, folder: str, chosen: Mapping[str, int], processes: int) -> Path:
+    """Runs variants with so many seeds each, and writes the tables that they add up to.
 
     `processes` jobs run at a time, each in a process of its own.
     """
     settings, results = load_profile(profile), ROOT / "data" / "results" / profile
-    known = variants(settings)
+    jobs = [
+        (profile, folder, name, seed) for name, seeds in chosen.items() for seed in range(seeds)
+    ]
     run = Run(folder, settings)
     with run.locked():
         os.environ[LOCK_VARIABLE] = str(run.folder)  # the lock holds for the jobs' processes too
-        jobs = [
-            (profile, folder, name, seed) for name in chosen for seed in range(known[name].seeds)
-        ]
         with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
             added = list(pool.map(run_job, *zip(*jobs, strict=True)))
     results.mkdir(parents=True, exist_ok=True)
@@ -226,9 +225,10 @@ def run_study(profile: str, folder: str, chosen: Sequence[str], processes: int) 
         found = [tables[name] for tables in added if name in tables]
         if found:
             write_table(pd.concat(found, ignore_index=True), results / f"{name}.parquet")
+    known = variants(settings)
     recipes = {
-        name: {"seeds": known[name].seeds, "overrides": dict(known[name].overrides)}
-        for name in chosen
+        name: {"seeds": seeds, "overrides": dict(known[name].overrides)}
+        for name, seeds in chosen.items()
     }
     record = {"variants": recipes, "settings": settings.model_dump(mode="json")}
     write_json(results / "study.json", record)
@@ -248,10 +248,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", default="pocket")
     parser.add_argument("--run", default="runs/study")
-    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants alone")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT[=SEEDS]", help="these alone")
     parser.add_argument("--processes", type=int, default=1, help="chains at a time")
     given = parser.parse_args(argv)
-    chosen = given.only or list(variants(load_profile(given.profile)))
+    known = variants(load_profile(given.profile))
+    chosen = {}
+    for text in given.only or known:
+        name, _, seeds = text.partition("=")
+        chosen[name] = int(seeds or known[name].seeds)
     print(run_study(given.profile, given.run, chosen, given.processes).relative_to(ROOT))
 
 

@@ -275,7 +275,8 @@ class Run:
             record = {"stage": stage.name, "started": started, "seconds": seconds, **parts}
             record |= {"peak": peak_memory(), "files": file_states(working)}
             write_json(working / "stage.json", record)
-            os.replace(working, stage)
+            if damage(stage):  # else another process of this run was first
+                os.replace(working, stage)
         progress(f"  {stage.name.rpartition('-')[0]}: {seconds:.1f} s")
 
     def _set_aside(self, stage: Path) -> None:
