@@ -283,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_json(given.out / f"{model.name}.json", found)
     print(table(found))
     if given.out == RESULTS:
-        fill(ROOT / "README.md", "bench", readme_table())
+        fill(ROOT / "docs" / "speed.md", "bench", readme_table())
 
 
 if __name__ == "__main__":
