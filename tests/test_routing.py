@@ -1,4 +1,4 @@
-"""Routing metrics, published rows, outcomes files, the choice of tau and the baselines."""
+"""Outcomes files, routing metrics, published rows, the choice of tau and fitted scores."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from outcomes_factory import make_outcomes
+from outcomes_factory import make_outcomes, make_seeds
 
-from foggen import routing
-from foggen.routing import OutcomesError, check_outcomes, read_outcomes
-from foggen.store import write_jsonl
+from foggen import resampling, routing, stats
+from foggen.routing import OutcomesError, check_outcomes, choose_tau, read_outcomes
+from foggen.store import ROOT, write_jsonl
 
+FIELD = ROOT.parent / "shared" / "field"
 TOY = pd.DataFrame(
     {
         "id": ["a", "b", "c", "d"],
@@ -30,6 +31,7 @@ TOY = pd.DataFrame(
         "n_options": [4, 4, 2, 4],
     }
 )
+REQUIRED = ["id", "domain", "local_correct", "cloud_correct", "confidence"]
 
 
 @pytest.fixture(autouse=True)
@@ -40,241 +42,305 @@ def no_warnings() -> Iterator[None]:
         yield
 
 
-def test_the_toy_table_by_hand() -> None:
-    row = routing.routing_table(TOY, resamples=50).iloc[0]
-    # c and the unparsed d are routed: 1, 0, 1, 0 right
-    assert row[["cloud", "raw", "routed", "sysacc"]].tolist() == [0.75, 0.5, 0.5, 0.5]
-    assert row["random"] == 0.625 and row["lift"] == -0.125 and row["oracle"] == 1.0 and row["gap_recovered"] == 0
-    assert row["gold_share"] == 0.75 and row["chance"] == (3 / 4 + 1 / 2) / 4 and row["n"] == 4
+def write(path: Path, outcomes: pd.DataFrame) -> Path:
+    """The outcomes in the format of the file's ending."""
+    if path.suffix == ".csv":
+        outcomes.to_csv(path, index=False)
+    elif path.suffix == ".jsonl":
+        outcomes.to_json(path, orient="records", lines=True, double_precision=15)
+    else:
+        outcomes.to_parquet(path)
+    return path
 
 
-@given(
-    st.lists(
-        st.tuples(st.booleans(), st.booleans(), st.sampled_from([0, 0.25, 0.5, 1, math.nan])),
-        min_size=1,
-        max_size=30,
-    )
-)
-@settings(max_examples=40, deadline=None)
-def test_metrics_are_their_definitions(rows: list[tuple[bool, bool, float]]) -> None:
-    frame = pd.DataFrame(rows, columns=["local_correct", "cloud_correct", "confidence"]).astype(float)
-    frame = frame.assign(id=[str(i) for i in range(len(frame))], domain="d")
-    row = routing.routing_table(frame, resamples=20).iloc[0]
-    keep = np.array([not math.isnan(c) and c >= 0.5 for _, _, c in rows])
-    local, cloud = frame["local_correct"], frame["cloud_correct"]
-    assert row["sysacc"] == pytest.approx((keep * local + ~keep * cloud).mean())
-    assert row["random"] == pytest.approx(keep.mean() * local.mean() + (1 - keep.mean()) * cloud.mean())
-    assert row["lift"] == pytest.approx(row["sysacc"] - row["random"])
-    assert row["sysacc"] <= row["oracle"] + 1e-9
-    assert np.isnan(row["gap_recovered"]) == (cloud.mean() <= local.mean())
-    assert not np.isnan(row["gap_recovered"]) or "no gap to recover" in row["note"]
-
-
-def test_means_are_over_domains_not_questions() -> None:
-    outcomes = pd.concat(
-        [make_outcomes(30, 1), make_outcomes(300, 1, seed=1).assign(domain="big", id=lambda f: "b" + f["id"])]
-    )
-    table = routing.routing_table(outcomes, resamples=100)
-    inner, mean = table.iloc[:-1], table.iloc[-1]
-    for name in ("cloud", "raw", "random", "sysacc", "routed", "lift", "oracle"):
-        assert mean[name] == pytest.approx(inner[name].mean())
-        assert (table[f"{name}_low"] <= table[name] + 1e-6).all() and (
-            table[name] <= table[f"{name}_high"] + 1e-6
-        ).all()
-    assert mean["gap_recovered"] == pytest.approx((mean["sysacc"] - mean["raw"]) / (mean["cloud"] - mean["raw"]))
-    assert table["n"].tolist() == [30, 300, 330]
-
-
-# ---- published rows
-
-
-@pytest.mark.parametrize("name", ["fg", "g1b", "g270"])
-def test_published_rows_follow_from_their_other_columns(name: str) -> None:
-    table = routing.published(name)
-    assert (table["random_again"] - table["random"]).abs().max() <= 0.1
-    assert table["source"].str.startswith("issai/").all()
-
-
-def test_published_means_and_lifts() -> None:
-    table = routing.published("fg").set_index("domain")
-    inner = table.drop("mean")
-    for name in ("cloud", "raw", "random", "sysacc", "routed"):
-        assert abs(inner[name].mean() - table.loc["mean", name]) <= 0.1
-    lift = inner["lift"].mean()
-    automix = routing.published("automix").set_index("method")
-    assert lift == pytest.approx(4.64, abs=0.01) and abs(lift - automix.loc["FogGen", "lift"]) <= 0.1
-    assert automix.loc["FogGen", "routed"] == table.loc["mean", "routed"]
-    tasks = routing.published("open_ended").set_index("task")
-    assert (
-        tasks.drop("mean")[["r14_raw", "r15_raw"]].mean() - tasks.loc["mean", ["r14_raw", "r15_raw"]]
-    ).abs().max() <= 0.1
+def field(name: str) -> Path:
+    if not (FIELD / name).exists():
+        pytest.skip("needs ../shared/field")
+    return FIELD / name
 
 
 # ---- outcomes files
 
+FORMATS = pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
 
-@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+
+@FORMATS
 def test_three_formats_read_alike(tmp_path: Path, ending: str) -> None:
     outcomes = make_outcomes(20, rich=True, per_fact=2)
     outcomes.loc[3, "confidence"] = math.nan
-    outcomes["domain"] = outcomes["domain"].replace("domain0", "NA")  # a name, not a missing value
-    path = tmp_path / f"outcomes.{ending}"
-    {
-        "csv": lambda: outcomes.to_csv(path, index=False),
-        "jsonl": lambda: outcomes.to_json(path, orient="records", lines=True, double_precision=15),
-        "parquet": lambda: outcomes.to_parquet(path),
-    }[ending]()
-    read = read_outcomes(path)
+    # Names that are no missing values, and no markup
+    names = {"domain0": "NA", "domain1": "US$ bonds & AU$", "domain2": "None"}
+    outcomes["domain"] = outcomes["domain"].replace(names)
+    outcomes.loc[5, "local_answer"] = "None"
+    read = read_outcomes(write(tmp_path / f"outcomes{ending}", outcomes))
     pd.testing.assert_frame_equal(read, check_outcomes(outcomes), check_dtype=False)
-    assert read["domain"].iloc[0] == "NA" and math.isnan(read["confidence"].iloc[3])
+    assert list(read["domain"].unique()) == list(names.values())
+    assert math.isnan(read["confidence"][3]) and read["local_answer"][5] == "None"
+    table = routing.percent(routing.routing_table(read, resamples=50))
+    assert table["domain"].tolist() == [*names.values(), "mean"]
 
 
-@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+@FORMATS
+@pytest.mark.parametrize(
+    ("facts", "names"),
+    [
+        ([0, 0, 12, 12], ["0", "0", "12", "12"]),
+        ([0, 0, 12, None], ["0", "0", "12", None]),
+        (["0", "None", " ", ""], ["0", "None", None, None]),
+        ([0.5, 0.5, 2.5, 2.5], ["0.5", "0.5", "2.5", "2.5"]),
+    ],
+)
+def test_any_scalar_names_a_fact(tmp_path: Path, ending: str, facts: list, names: list) -> None:
+    whole = "Int64" if isinstance(facts[0], int) else None  # a nullable column of integers
+    outcomes = TOY[REQUIRED].assign(fact=pd.Series(facts, dtype=whole))
+    read = read_outcomes(write(tmp_path / f"facts{ending}", outcomes))
+    assert [None if pd.isna(fact) else fact for fact in read["fact"]] == names
+    blank = sum(name is None for name in names)  # each a fact of its own
+    assert len(set(resampling.fact_codes(read))) == len({*names} - {None}) + blank
+    floats = check_outcomes(outcomes.assign(fact=[0.0, 0.0, 12.0, math.nan], id=[7, 8, 9.0, "x"]))
+    assert floats["fact"].tolist()[:3] == ["0", "0", "12"] and floats["fact"].isna()[3]
+    assert floats["id"].tolist() == ["7", "8", "9", "x"]
+
+
+@FORMATS
 def test_a_confidence_that_was_never_readable_is_a_column_too(tmp_path: Path, ending: str) -> None:
-    outcomes, path = make_outcomes(20).assign(confidence=None), tmp_path / f"outcomes.{ending}"
-    {
-        "csv": lambda: outcomes.to_csv(path, index=False),
-        "jsonl": lambda: outcomes.to_json(path, orient="records", lines=True),
-        "parquet": lambda: outcomes.to_parquet(path),
-    }[ending]()
+    path = write(tmp_path / f"outcomes{ending}", make_outcomes(20).assign(confidence=None))
     read = read_outcomes(path)
-    assert read["confidence"].isna().all() and (routing.routing_table(read, resamples=5)["routed"] == 1).all()
+    assert read["confidence"].isna().all()
+    assert (routing.routing_table(read, resamples=5)["routed"] == 1).all()
 
 
-def test_json_lines_may_be_blank_and_keep_what_they_say(tmp_path: Path) -> None:
-    rows = ['{"id": "007", "domain": "2026-01-02", "local_correct": true, "cloud_correct": 1, "confidence": 0.1}', ""]
-    rows += [
-        '{"id": 9007199254740993, "domain": "заң", "local_correct": 0, "cloud_correct": 1, "confidence": null}',
-        "",
-    ]
-    (tmp_path / "a.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    read = read_outcomes(tmp_path / "a.jsonl")
-    assert read["id"].tolist() == ["007", "9007199254740993"] and read["domain"].tolist() == ["2026-01-02", "заң"]
-    assert read["local_correct"].tolist() == [1, 0] and read["confidence"].iloc[0] == 0.1
-    apart = {**json.loads(rows[0]), "question": "Who\u2028or\x0cwhat\u0085?", "big": 10**30}
-    write_jsonl(tmp_path / "b.jsonl", [apart])
-    assert read_outcomes(tmp_path / "b.jsonl")["question"].tolist() == ["Who\u2028or\x0cwhat\u0085?"]
-    for line in ("{", "[1, 2]", '"text"'):
-        (tmp_path / "c.jsonl").write_text(f"{rows[0]}\n\n{line}\n", encoding="utf-8")
-        with pytest.raises(OutcomesError, match=r"line 3.*expected: one JSON object a line"):
-            read_outcomes(tmp_path / "c.jsonl")
+def test_field_files_read_right() -> None:
+    facts = [read_outcomes(field(f"r05_fact0.{ending}"))["fact"] for ending in ("csv", "jsonl")]
+    assert facts[0].tolist() == facts[1].tolist() and facts[0][0] == "0"
+    assert len(read_outcomes(field("r06_clean.csv"))) > 20
+    assert len(read_outcomes(field("r17_bom.jsonl"))) > 5
+    assert "US$ bonds & AU$ bonds" in set(read_outcomes(field("r09_dollar.csv"))["domain"])
+    for name, message in (
+        ("r06_trailing.csv", "row 1: 7 fields"),
+        ("r24_semicolon.csv", "semicolon"),
+    ):
+        with pytest.raises(OutcomesError, match=message):
+            read_outcomes(field(name))
+
+
+def test_json_lines_keep_what_they_say(tmp_path: Path) -> None:
+    path, rest = tmp_path / "a.jsonl", '"cloud_correct": 1, "confidence":'
+    row = f'{{"id": "007", "domain": "2026-01-02", "local_correct": true, {rest} 0.1}}'
+    big = f'{{"id": 9007199254740993, "domain": "заң", "local_correct": 0, {rest} null}}'
+    path.write_text(f"\ufeff{row}\n\n{big}\n", encoding="utf-8")
+    read = read_outcomes(path)
+    assert read["id"].tolist() == ["007", "9007199254740993"]
+    assert read["domain"].tolist() == ["2026-01-02", "заң"]
+    assert read["local_correct"].tolist() == [1, 0] and read["confidence"][0] == 0.1
+    apart = {**json.loads(row), "question": "Who\u2028or\x0cwhat\u0085?", "big": 10**30}
+    assert read_outcomes(write_jsonl(path, [apart]))["question"][0] == "Who\u2028or\x0cwhat\u0085?"
+    # A key may lack where the column is optional; a row without a required one is a bad row
+    optional = {**json.loads(big), "fact": "f", "verification": 0.5}
+    assert read_outcomes(write_jsonl(path, [json.loads(row), optional]))["fact"].isna()[0]
+    short = {name: value for name, value in apart.items() if name != "confidence"}
+    with pytest.raises(OutcomesError, match=r"a\.jsonl, line 2, column `confidence`: missing"):
+        read_outcomes(write_jsonl(path, [{**apart, "id": "b"}, short]))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id,domain,local_correct,cloud_correct,confidence\na,law,1,1,0.5,\n", "row 1: 6 fields"),
+        ("id,domain,local_correct,cloud_correct,confidence\na,law,1,1,1\nb,law,1\n", "row 2: 3"),
+        ("id,domain,local_correct,cloud_correct,confidence,id\na,law,1,1,0.5,b\n", "'id'.*twice"),
+        ("id;domain;local_correct;cloud_correct;confidence\na;law;1;1;0,5\n", "semicolons"),
+        ("id\n1\n", "no column `domain`; expected id, domain, local_correct"),
+        (
+            "id,domain,local_correct,cloud_correct,confidence\n",
+            "no rows; expected one per question",
+        ),
+        ("", "no rows"),
+    ],
+)
+def test_tables_that_cannot_be_read_are_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "mine.csv").write_text(text)
+    with pytest.raises(OutcomesError, match=rf"mine\.csv.*{message}"):
+        read_outcomes(tmp_path / "mine.csv")
+
+
+def test_files_of_another_kind_are_named(tmp_path: Path) -> None:
+    utf16 = TOY[REQUIRED].to_csv(index=False).encode("utf-16")
+    files = {
+        "a.txt": b"x",
+        "b.csv": utf16,
+        "c.csv": b"\x00\x01",
+        "d.jsonl": b"{",
+        "e.parquet": b"x",
+    }
+    for name, content in {**files, "f.jsonl": b'"text"', "g.csv": b"\xff\xfe\xfa"}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(OutcomesError, match=name):
+            read_outcomes(tmp_path / name)
+    with pytest.raises(OutcomesError, match=r"none\.csv"):
+        read_outcomes(tmp_path / "none.csv")
+
+
+def test_long_fields_and_ids_in_an_index_are_read(tmp_path: Path) -> None:
+    long = TOY[REQUIRED].assign(question="x" * 200_000)
+    assert len(read_outcomes(write(tmp_path / "long.csv", long))["question"][0]) == 200_000
+    TOY[REQUIRED].set_index("id").to_parquet(tmp_path / "index.parquet")
+    assert read_outcomes(tmp_path / "index.parquet")["id"].tolist() == list("abcd")
 
 
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        (
-            "confidence",
-            "high",
-            r"row 2, column `confidence`: 'high'; expected a number from 0 to 1, or empty",
-        ),
-        ("confidence", 1.5, r"row 2, column `confidence`: 1.5; expected a number from 0 to 1"),
-        ("local_correct", "", r"row 2, column `local_correct`: ''; expected a number from 0 to 1"),
-        ("cloud_correct", math.nan, r"row 2, column `cloud_correct`: nan"),
-        ("id", "a", r"row 2, column `id`: 'a' is there twice"),
-        ("domain", "mean", r"row 2, column `domain`: 'mean'; expected a name other than mean"),
-        ("domain", None, r"row 2, column `domain`"),
-        ("n_options", 1, r"row 2, column `n_options`: 1; expected a number of at least 2"),
-        ("votes", "AB?", r"row 2, column `votes`: 'AB\?'; expected one letter a sample"),
-        ("local_tokens", math.inf, r"row 2, column `local_tokens`: inf"),
+        ("confidence", "high", "'high'; expected a number from 0 to 1, or empty"),
+        ("confidence", "None", "'None'; expected a number from 0 to 1, or empty"),  # a text
+        ("confidence", "0,5", "'0,5'; expected"),
+        ("confidence", 1.5, "1.5; expected a number from 0 to 1"),
+        ("confidence", "9" * 5000, "'9{59}; expected"),
+        ("local_correct", "", "''; expected a number from 0 to 1"),
+        ("cloud_correct", math.nan, "None; expected a number from 0 to 1"),
+        ("id", "a", "'a' is there twice"),
+        ("id", " ", "' '; expected a name"),
+        ("domain", "mean", "'mean'; expected a name other than mean"),
+        ("domain", " mean ", "' mean '; expected a name other than mean"),
+        ("domain", None, "None; expected a name other than mean"),
+        ("fact", [1], r"\[1\]; expected a name"),
+        ("n_options", 1, "1; expected a number of at least 2"),
+        ("votes", "AB?", r"'AB\?'; expected a letter per sample"),
+        ("local_tokens", math.inf, "inf; expected a number of at least 0"),
+        ("mine", 2, "2; expected a number from 0 to 1, or empty"),
     ],
 )
 def test_wrong_values_are_named(column: str, value: object, message: str) -> None:
-    frame = TOY.assign(votes="AAAAAAA-", local_tokens=3).astype(object)
-    frame.loc[1, column] = value
-    with pytest.raises(OutcomesError, match="^mine: " + message):
-        check_outcomes(frame, "mine")
+    frame = TOY.assign(votes="AAAAAAA-", local_tokens=3, fact=None, mine=0.5).astype(object)
+    frame.at[1, column] = value
+    with pytest.raises(OutcomesError, match=f"^mine, row 2, column `{column}`: {message}"):
+        check_outcomes(frame, "mine", scores=["mine"])
 
 
-def test_wrong_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(OutcomesError, match="no such file"):
-        read_outcomes(tmp_path / "none.csv")
-    for name, text in {
-        "a.txt": "x",
-        "b.csv": "",
-        "c.csv": "id\n1\n",
-        "d.jsonl": "{",
-        "e.parquet": "x",
-        "f.jsonl": "",
-    }.items():
-        (tmp_path / name).write_text(text)
-        with pytest.raises(OutcomesError, match=name):
-            read_outcomes(tmp_path / name)
-    with pytest.raises(OutcomesError, match="no rows"):
-        check_outcomes(TOY.iloc[:0])
-
-
-def test_all_problems_are_reported_together_and_booleans_are_read() -> None:
+def test_all_problems_come_together() -> None:
     frame = TOY.astype(object)
     frame.loc[:, "local_correct"] = 7
-    frame.loc[2, "confidence"] = "?"
+    frame.loc[2, "confidence"], frame.loc[3, "id"] = "?", "a"
     with pytest.raises(OutcomesError) as caught:
         check_outcomes(frame)
-    assert str(caught.value).count("\n") == 4
-    assert check_outcomes(TOY.assign(local_correct=["True", "false", False, True]))["local_correct"].tolist() == [
-        1,
-        0,
-        0,
-        1,
-    ]
+    assert str(caught.value).count("\n") == 5
     with pytest.raises(OutcomesError, match="and 3980 more"):
-        check_outcomes(pd.concat([TOY.assign(local_correct=2)] * 1000))
+        check_outcomes(pd.concat([TOY.assign(local_correct=2)] * 1000).assign(seed=range(4000)))
 
 
-# ---- degenerate outcomes
+def test_what_is_read_generously(tmp_path: Path) -> None:
+    words = TOY.assign(
+        local_correct=["True", "false", False, "1"], confidence=["nan", "", " ", "1"]
+    )
+    checked = check_outcomes(words)
+    assert checked["local_correct"].tolist() == [1, 0, 0, 1]
+    assert checked["confidence"].isna().tolist() == [True, True, True, False]
+    assert check_outcomes(make_seeds(2))["seed"].nunique() == 2  # an id once per seed
+    path = write(tmp_path / "mine.csv", TOY.assign(mine=["0.5", "1", None, "0"], other="7"))
+    read = read_outcomes(path, scores=["mine"])
+    assert read["mine"].tolist()[:2] == [0.5, 1] and read["other"].tolist() == ["7"] * 4
+    assert stats.score_table(read, ["mine"], 0.5, resamples=20)["share"][0] == 0.5
+    with pytest.raises(OutcomesError, match="no column `yours`"):
+        read_outcomes(path, scores=["yours"])
+
+
+# ---- metrics
+
+
+def test_the_toy_table_by_hand() -> None:
+    row = routing.routing_table(TOY, resamples=50).iloc[0]
+    # c and the unparsed d are routed: 1, 0, 1, 0 right
+    assert row[["cloud", "raw", "routed", "sysacc"]].tolist() == [0.75, 0.5, 0.5, 0.5]
+    assert row[["random", "lift", "oracle", "gap_recovered"]].tolist() == [0.625, -0.125, 1, 0]
+    assert row["gold_share"] == 0.75 and row["chance"] == (3 / 4 + 1 / 2) / 4 and row["n"] == 4
+
+
+ANSWER = st.tuples(st.booleans(), st.booleans(), st.sampled_from([0, 0.25, 0.5, 1, math.nan]))
+
+
+@given(st.lists(ANSWER, min_size=1, max_size=30))
+@settings(max_examples=25, deadline=None)
+def test_metrics_are_their_definitions(rows: list[tuple[bool, bool, float]]) -> None:
+    frame = pd.DataFrame(rows, columns=["local_correct", "cloud_correct", "confidence"])
+    frame = frame.astype(float).assign(id=[str(i) for i in range(len(frame))], domain="d")
+    row = routing.routing_table(frame, resamples=20).iloc[0]
+    keep = np.array([not math.isnan(c) and c >= 0.5 for _, _, c in rows])
+    local, cloud = frame["local_correct"], frame["cloud_correct"]
+    assert row["sysacc"] == pytest.approx((keep * local + ~keep * cloud).mean())
+    random = keep.mean() * local.mean() + (1 - keep.mean()) * cloud.mean()
+    assert row["random"] == pytest.approx(random)
+    assert row["lift"] == pytest.approx(row["sysacc"] - row["random"], abs=1e-6)
+    assert row["sysacc"] <= row["oracle"] + 1e-9
+    assert np.isnan(row["gap_recovered"]) == (cloud.mean() <= local.mean())
+    assert not np.isnan(row["gap_recovered"]) or "no better than the edge" in row["note"]
+
+
+def test_means_are_over_domains_not_questions() -> None:
+    big = make_outcomes(300, 1, seed=1).assign(domain="big", id=lambda f: "b" + f["id"])
+    table = routing.routing_table(pd.concat([make_outcomes(30, 1), big]), resamples=100)
+    inner, mean = table.iloc[:-1], table.iloc[-1]
+    for name in ("cloud", "raw", "random", "sysacc", "routed", "lift", "oracle"):
+        assert mean[name] == pytest.approx(inner[name].mean())
+        assert (table[f"{name}_low"] <= table[name]).all()
+        assert (table[name] <= table[f"{name}_high"]).all()
+    gap = (mean["sysacc"] - mean["raw"]) / (mean["cloud"] - mean["raw"])
+    assert mean["gap_recovered"] == pytest.approx(gap)
+    assert table["n"].tolist() == [30, 300, 330]
+
+
+def test_the_lift_of_seeds_is_the_mean_of_their_lifts() -> None:
+    runs = make_seeds(3, 50)
+    table = routing.routing_table(runs, resamples=50)
+    lifts = [routing.routing_table(part, resamples=1)["lift"] for _, part in runs.groupby("seed")]
+    np.testing.assert_allclose(table["lift"], np.mean(lifts, axis=0))
+    strata = runs.assign(domain=np.where(runs["confidence"] > 0.5, "sure", "unsure"))
+    assert set(routing.routing_table(strata, resamples=20)["domain"]) == {"sure", "unsure", "mean"}
 
 
 def degenerate() -> dict[str, pd.DataFrame]:
     outcomes = make_outcomes(12, 2)
-    empty = outcomes.assign(domain=pd.Categorical(outcomes["domain"], ["domain0", "domain1", "empty"]))
+    names = ["domain0", "domain1", "empty"]
     return {
         "one class": outcomes.assign(local_correct=1.0),
         "always wrong": outcomes.assign(local_correct=0.0, cloud_correct=0.0),
         "all routed": outcomes.assign(confidence=0.0),
         "none routed": outcomes.assign(confidence=1.0),
         "cloud worse": outcomes.assign(local_correct=1.0, cloud_correct=0.0),
-        "a domain empty": empty,
+        "a domain empty": outcomes.assign(domain=pd.Categorical(outcomes["domain"], names)),
         "never parsed": outcomes.assign(confidence=math.nan),
         "ties": outcomes.assign(confidence=0.5),
         "one question": outcomes.iloc[:1],
+        "two seeds": pd.concat([outcomes.assign(seed=s) for s in (0, 1)]),
     }
 
 
 @pytest.mark.parametrize("name", degenerate())
 def test_degenerate_outcomes_have_no_unexplained_nan(name: str) -> None:
-    outcomes = degenerate()[name].assign(n_options=4, gold="A", votes="AAAAAAAA", sample_tokens=80)
-    tables = [routing.routing_table(outcomes, resamples=50), routing.baselines_table(outcomes, resamples=50)]
-    tables += [
-        routing.stats.calibration_table(outcomes, resamples=50),
-        routing.sweep_table(outcomes, resamples=50),
+    outcomes = degenerate()[name].assign(n_options=4, gold="A", other=0.5)
+    tables = [
+        routing.routing_table(outcomes, resamples=60),
+        stats.calibration_table(outcomes, resamples=60),
+        stats.score_table(outcomes, ["confidence", "other"], 0.3, resamples=60),
     ]
     for table in tables:
-        hollow = table.drop(columns="note").isna().any(axis=1)
+        hollow = table.drop(columns=["note", "p_holm"], errors="ignore").isna().any(axis=1)
         assert (table.loc[hollow, "note"] != "").all()
-        assert not np.isinf(table.select_dtypes(float).drop(columns="tau", errors="ignore")).any().any()
-    curve = routing.share_curve(outcomes, resamples=20)
-    assert curve.notna().all().all()
+        assert not np.isinf(table.select_dtypes(float).to_numpy()).any()
+    curve = stats.share_curve(outcomes, points=11, resamples=20)
+    assert curve.notna().all(axis=None)
 
 
 def test_degenerate_values() -> None:
-    found = {name: routing.routing_table(outcomes, resamples=50).iloc[-1] for name, outcomes in degenerate().items()}
-    assert found["all routed"]["sysacc"] == found["all routed"]["cloud"] and found["all routed"]["lift"] == 0
+    tables = {
+        name: routing.routing_table(frame, resamples=50) for name, frame in degenerate().items()
+    }
+    found = {name: table.iloc[-1] for name, table in tables.items()}
+    for name, same in (("all routed", "cloud"), ("none routed", "raw")):
+        assert found[name]["sysacc"] == pytest.approx(found[name][same], abs=1e-12)
+        assert found[name]["lift"] == 0
     assert found["never parsed"]["routed"] == 1 and found["none routed"]["routed"] == 0
-    assert found["none routed"]["sysacc"] == found["none routed"]["raw"] and found["none routed"]["lift"] == 0
-    assert found["cloud worse"]["sysacc"] < 1 and "no gap to recover" in found["cloud worse"]["note"]
-    assert "without empty" in found["a domain empty"]["note"]
-    assert routing.routing_table(degenerate()["a domain empty"], resamples=5)["note"].iloc[2] == "no questions"
-
-
-def test_seed_columns() -> None:
-    runs = pd.concat([make_outcomes(50, seed=s).assign(seed=s) for s in range(3)], ignore_index=True)
-    table = routing.routing_table(runs, resamples=50)
-    each = [routing.routing_table(part, resamples=1)["lift"] for _, part in runs.groupby("seed")]
-    np.testing.assert_allclose(table["lift_seed_sd"], np.std(each, axis=0, ddof=1))
-    assert (table["n"] == [50, 50, 50, 150]).all()
-
-
-# ---- sweep, curve, display
+    assert "gap_recovered: the cloud is no better" in found["cloud worse"]["note"]
+    assert tables["a domain empty"]["note"][2] == "no questions"
 
 
 def test_sweep_routes_more_as_tau_rises() -> None:
@@ -283,48 +349,65 @@ def test_sweep_routes_more_as_tau_rises() -> None:
     assert routed.is_monotonic_increasing and routed.iloc[0] == 0 and len(table) == 5 * 4
 
 
-@pytest.mark.parametrize("score", ["confidence", "graded_confidence"])
-def test_the_curve_joins_local_and_cloud_through_the_threshold(score: str) -> None:
-    outcomes = make_outcomes(rich=True)
-    curve = routing.share_curve(outcomes, score, points=1001, resamples=20)
-    mean = routing.routing_table(outcomes, score=score, resamples=20).iloc[-1]
-    assert curve["sysacc"].iloc[[0, -1]].tolist() == pytest.approx([mean["raw"], mean["cloud"]])
-    at = np.interp(mean["routed"], curve["share"], curve["sysacc"])
-    assert at == pytest.approx(mean["sysacc"], abs=2e-3)
-    assert (curve["sysacc"] <= curve["oracle"] + 1e-9).all()
-    assert curve["lift"].iloc[[0, -1]].abs().max() < 1e-9
-
-
-def test_percent() -> None:
-    table = pd.DataFrame({"domain": ["a", "b"], "n": [3, 0], "lift": [0.046, math.nan], "lift_low": [0.04, math.nan]})
-    shown = routing.percent(table.assign(lift_high=[0.05, math.nan], raw=[-1e-9, 1.0], p=[0.0001, math.nan]))
-    assert shown["lift"].tolist() == ["+4.6 [+4.0, +5.0]", "-"] and shown["raw"].tolist() == ["0.0", "100.0"]
-    assert shown["p"].tolist() == ["0.0001", "-"] and shown["n"].tolist() == [3, 0]
-
-
 # ---- tau for a purpose
 
 
 def test_tau_for_a_budget() -> None:
     outcomes = make_outcomes(2000)
-    choice = routing.choose_tau(outcomes, max_cloud_share=0.3)
+    choice = choose_tau(outcomes, max_cloud_share=0.3)
     assert choice.tau == 0.5 and choice.cloud_share <= 0.3 and choice.n == 6000
-    assert routing.choose_tau(outcomes.assign(cloud_correct=0.0), max_cloud_share=1).tau == 0
+    assert choose_tau(outcomes.assign(cloud_correct=0.0), max_cloud_share=1).tau == 0
     with pytest.raises(ValueError, match=r"the least is 1\.000"):
-        routing.choose_tau(outcomes.assign(confidence=math.nan), max_cloud_share=0.5)
+        choose_tau(outcomes.assign(confidence=math.nan), max_cloud_share=0.5)
     for wrong in ({}, {"max_risk": 0.1, "max_cloud_share": 0.1}):
         with pytest.raises(ValueError, match="give one of"):
-            routing.choose_tau(outcomes, **wrong)
+            choose_tau(outcomes, **wrong)
+
+
+def test_a_budget_says_how_far_it_is_overrun() -> None:
+    """Against choices on new samples of the same world, judged by their true share."""
+    rng, grid = np.random.default_rng(0), tuple(np.linspace(0, 1, 101))
+
+    def sample() -> pd.DataFrame:
+        frame = make_outcomes(150, 1, int(rng.integers(10**6)))
+        return frame.assign(score=rng.random(150))  # so the true share of tau is tau
+
+    choices = [
+        choose_tau(sample(), max_cloud_share=0.4, score="score", candidates=grid) for _ in range(40)
+    ]
+    excess = np.mean([max(choice.tau - 0.4, 0) for choice in choices])
+    assert np.mean([choice.overrun for choice in choices]) == pytest.approx(excess, abs=0.004)
+    assert excess > 0.002 and f"{choices[0].overrun:+.3f}" in choices[0].reason
 
 
 def test_tau_for_a_risk() -> None:
     outcomes = make_outcomes(2000)
-    assert routing.choose_tau(outcomes, max_risk=0.3).tau == 0.75  # true risks .50 .37 .32 .24 .15
-    assert routing.choose_tau(outcomes, max_risk=0.01).tau == math.inf
-    assert routing.choose_tau(outcomes.assign(confidence=math.nan), max_risk=0.5).tau == math.inf
+    assert choose_tau(outcomes, max_risk=0.3).tau == 0.75  # true risks .50 .37 .32 .24 .15
+    assert choose_tau(outcomes, max_risk=0.01).tau == math.inf
+    assert choose_tau(outcomes.assign(confidence=math.nan), max_risk=0.5).tau == math.inf
     with pytest.raises(ValueError, match="0 or 1"):
-        routing.choose_tau(outcomes.assign(local_correct=0.5), max_risk=0.3)
-    assert routing.choose_tau(make_outcomes(600, per_fact=3), max_risk=0.3).n == 600
+        choose_tau(outcomes.assign(local_correct=0.5), max_risk=0.3)
+    assert choose_tau(make_outcomes(600, per_fact=3), max_risk=0.3).n == 600
+
+
+def test_the_risk_is_that_of_questions_not_of_facts() -> None:
+    """Facts of four questions are wrong in 35%, others in 10%: 19% of facts, 27% of questions."""
+    rng = np.random.default_rng(0)
+    size = np.where(rng.random(900) < 0.36, 4, 1)
+    facts = pd.DataFrame({"fact": map(str, range(900)), "domain": "d", "confidence": 1.0})
+    facts["local_correct"] = (rng.random(900) > np.where(size == 4, 0.35, 0.10)).astype(float)
+    outcomes = facts.loc[facts.index.repeat(size)].reset_index(drop=True).assign(cloud_correct=1.0)
+    outcomes["id"] = outcomes.index.astype(str)
+    draws = [routing._independent(outcomes, seed) for seed in range(60)]
+    assert all(draw["fact"].is_unique for draw in draws)
+    wrong = 1 - outcomes["local_correct"].mean()
+    drawn = np.mean([1 - draw["local_correct"].mean() for draw in draws])
+    assert (
+        drawn == pytest.approx(wrong, abs=0.01) and wrong > 0.25 > 1 - facts["local_correct"].mean()
+    )
+    choices = [choose_tau(outcomes, max_risk=0.25, seed=s, candidates=[0.5]) for s in range(3)]
+    assert [choice.tau for choice in choices] == [math.inf] * 3
+    assert choose_tau(outcomes, max_risk=0.36, candidates=[0.5]).tau == 0.5  # not always the cloud
 
 
 @pytest.mark.slow
@@ -332,58 +415,67 @@ def test_tau_for_a_risk() -> None:
 def test_the_risk_bound_fails_at_most_delta_of_the_time(max_risk: float, true_safe: float) -> None:
     # true risks .15 at tau 1, .241 at .75, .310 at .5: the next bucket is just unsafe
     delta, runs = 0.1, 1000
-    taus = [routing.choose_tau(make_outcomes(400, 1, seed), max_risk=max_risk, delta=delta).tau for seed in range(runs)]
-    failed = np.mean(np.array(taus) < true_safe)
-    assert failed <= delta + 2 * math.sqrt(delta * (1 - delta) / runs)
-    assert true_safe == math.inf or np.mean(np.isfinite(taus)) > 0.5  # not bought by always asking the cloud
+    samples = (make_outcomes(400, 1, seed) for seed in range(runs))
+    taus = np.array([choose_tau(s, max_risk=max_risk, delta=delta).tau for s in samples])
+    assert np.mean(taus < true_safe) <= delta + 2 * math.sqrt(delta * (1 - delta) / runs)
+    assert true_safe == math.inf or np.mean(np.isfinite(taus)) > 0.5
 
 
-# ---- baselines
-
-
-def test_baselines_at_matched_share() -> None:
-    outcomes, train = (
-        make_outcomes(rich=True),
-        make_outcomes(rich=True, seed=9).assign(id=lambda f: "t" + f["id"]),
-    )
-    table = routing.baselines_table(outcomes, train, resamples=200)
-    mean = table[table["domain"] == "mean"].set_index("method")
-    plain = routing.routing_table(outcomes, resamples=10).iloc[-1]
-    assert mean.loc["FogGen", "sysacc"] == pytest.approx(plain["sysacc"]) and mean.loc["FogGen", "difference"] == 0
-    assert mean.loc["oracle", "sysacc"] == pytest.approx(plain["oracle"])
-    assert mean.loc[["random", "always 1.0", "cloud only", "local only"], "lift"].abs().max() < 1e-9
-    assert mean.loc["cloud only", "sysacc"] == pytest.approx(plain["cloud"])
-    matched = mean.drop(["cloud only", "local only"])
-    np.testing.assert_allclose(matched["share"], plain["routed"])
-    assert mean.loc["text-only router", "auroc"] > 0.6
-    kept = (outcomes["confidence"] >= 0.5).mean()  # those two decide before the edge model runs
-    passes = {"text-only router": kept, "random": kept, "P(True)": 2, "self-consistency": 9, "cloud only": 0}
-    assert mean["forward_passes"].to_dict() == pytest.approx(dict.fromkeys(mean.index, 1) | passes)
-    assert mean.loc["self-consistency", "extra_tokens"] == 112
-    assert (table["p_holm"].dropna() >= table["p"].dropna()).all()
-
-
-def test_baselines_without_optional_columns() -> None:
-    outcomes = make_outcomes(50)
-    table = routing.baselines_table(outcomes, resamples=20)
-    assert set(table["method"]) == {"FogGen", "always 1.0", "random", "oracle", "cloud only", "local only"}
-    same = outcomes.assign(graded_confidence=outcomes["confidence"], votes="AAAA")  # and no sample_tokens
-    table = routing.baselines_table(same, resamples=20).set_index(["method", "domain"])
-    graded, voted = table.loc[("graded confidence", "mean")], table.loc[("self-consistency", "mean")]
-    assert graded["difference"] == 0 and graded["p"] == 1 and "extra_tokens: needs" in voted["note"]
+# ---- fitted scores, published rows, display
 
 
 def test_votes() -> None:
-    frame = pd.DataFrame({"votes": ["AAAB", "----", "ABCD"], "local_answer": ["B", "A", ""]})
+    frame = pd.DataFrame({"votes": ["AAAB", "----", "ABCD"], "local_answer": ["B", "A", None]})
     assert routing.vote_share(frame).tolist() == [0.25, 0, 0]
     assert routing.vote_share(frame[["votes"]]).tolist() == [0.75, 0, 0.25]
 
 
 def test_text_router() -> None:
-    train, test = (
-        make_outcomes(rich=True, seed=1).assign(id=lambda f: "t" + f["id"]),
-        make_outcomes(rich=True),
-    )
+    train = make_outcomes(rich=True, seed=1).assign(id=lambda f: "t" + f["id"])
+    test = make_outcomes(rich=True)
     assert (routing.text_router(train.assign(local_correct=1.0), test) == 1).all()
-    with pytest.raises(ValueError, match="900 test questions are in train"):
+    text = test.assign(text=routing.text_router(train, test))
+    both = text.assign(both=routing.text_router(train, test, ["option_probability"]))
+    table = stats.score_table(both, ["both", "text"], 0.3, resamples=50).set_index("score")
+    auroc = table[table["domain"] == "mean"]["auroc"]
+    assert 0.6 < auroc["text"] < auroc["both"]
+    with pytest.raises(ValueError, match="900 test questions in train"):
         routing.text_router(test, test)
+
+
+@pytest.mark.parametrize("name", ["fg", "g1b", "g270"])
+def test_published_rows_follow_from_their_other_columns(name: str) -> None:
+    table, cards = routing.published(name), routing.published("fg").set_index("domain")
+    table = table[table["domain"] != "mean"]
+    gap = table["domain"].map(cards["cloud"]) - table["raw"]  # one cloud serves every edge model
+    again = (table["raw"] + table["routed"] / 100 * gap - table["random"]).abs()
+    assert again.max() <= 0.1 and again.notna().sum() >= 5
+    assert table["source"].str.startswith("issai/").all()
+
+
+def test_published_means_and_lifts() -> None:
+    table = routing.published("fg").set_index("domain")
+    inner = table.drop("mean")
+    for name in ("cloud", "raw", "random", "sysacc", "routed"):
+        assert abs(inner[name].mean() - table.loc["mean", name]) <= 0.1
+    automix = routing.published("automix").set_index("method")
+    assert table.loc["mean", "lift"] == pytest.approx(4.64, abs=0.01)
+    assert abs(table.loc["mean", "lift"] - automix.loc["FogGen", "lift"]) <= 0.1
+    assert automix.loc["FogGen", "routed"] == table.loc["mean", "routed"]
+    tasks = routing.published("open_ended").set_index("task")[["r14_raw", "r15_raw"]]
+    assert (tasks.drop("mean").mean() - tasks.loc["mean"]).abs().max() <= 0.1
+
+
+def test_percent() -> None:
+    table = pd.DataFrame({"domain": ["a", "b"], "n": [3, 0], "lift": [0.046, math.nan]})
+    table = table.assign(lift_low=[0.04, math.nan], lift_high=[0.05, math.nan], raw=[-1e-9, 1.0])
+    shown = routing.percent(table.assign(p=[0.0001, math.nan], raw_low=math.nan, raw_high=math.nan))
+    assert shown["lift"].tolist() == ["+4.6 [+4.0, +5.0]", "-"]
+    assert shown["raw"].tolist() == ["0.0", "100.0"] and shown["n"].tolist() == [3, 0]
+    assert shown["p"].tolist() == ["0.0001", "-"] and list(shown) == [
+        "domain",
+        "n",
+        "lift",
+        "raw",
+        "p",
+    ]
