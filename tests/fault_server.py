@@ -37,8 +37,8 @@ def reply(content: Any = "A", **changes: Any) -> dict[str, Any]:
 class FaultServer(ThreadingHTTPServer):
     """Answers `echo: <question>`, unless `script` has something else for that question.
 
-    A script is a list: what the first request gets, the second, and so on, the last one for ever: the
-    name of a fault, a reply, or a body of bytes. Without one, a request fails with probability `rate`.
+    A script lists what the first request gets, the second, and so on (the last one for ever): a
+    reply, a body of bytes, or the name of a fault. Without one, requests fail at a set `rate`.
     """
 
     daemon_threads = True
@@ -134,7 +134,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send(200, BODIES[play])
         else:
             headers = {"Retry_After": "0.02"} if play == "429" else {}
-            self.send(STATUSES[play], b'{"error": {"message": "maximum context length"}}', **headers)
+            self.send(
+                STATUSES[play], b'{"error": {"message": "maximum context length"}}', **headers
+            )
 
     def drip(self, data: bytes) -> None:
         """A byte ten times a second."""

