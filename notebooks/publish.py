@@ -1,7 +1,7 @@
 """Puts a run's outputs into the notebooks of the checkout: `make publish [RUN=runs/pocket]`.
 
-Code cells get the outputs of the run, the first cell its time and memory, `figures/` its figures;
-prose stays as it is. What belongs to the machine stays out: papermill's metadata, stderr.
+Code cells get the outputs of the run, the first cell its time and memory, `figures/` its figures,
+the README its row of every notebook and the claims of 06; prose stays as it is. What belongs to the machine stays out: papermill's metadata, stderr.
 """
 
 from __future__ import annotations
@@ -50,6 +50,32 @@ def publish(run: Path, notebooks: Path, figures: Path) -> list[str]:
     return written
 
 
+def update_readme(run: Path, notebooks: Path, readme: Path) -> None:
+    """Writes a row per finished notebook, and the claims of 06, into the README."""
+    text = readme.read_text(encoding="utf-8")
+    for path in sorted(notebooks.glob("[0-9][0-9]_*.ipynb")):
+        done = run / "done" / f"{path.stem}.json"
+        if not done.exists():
+            continue
+        book, record = nbformat.read(path, as_version=4), read_json(done)
+        question = re.search(r"\*\*(.+?)\*\*", book.cells[0].source, flags=re.DOTALL)
+        link = f"[{path.stem}](notebooks/{path.name})"
+        seconds, memory = record["cost"].split(", ")
+        asked = " ".join(question[1].split()) if question else ""
+        row = f"| {link} | {asked} | {seconds} | {memory} | {record['headline']} |"
+        place = rf"^\| {re.escape(link)} \|.*$"
+        text = re.sub(place, row.replace("\\", r"\\"), text, flags=re.MULTILINE)
+        for cell in code_cells(book):
+            for part in cell.outputs:
+                claims = part.get("data", {}).get("text/markdown", "")
+                if claims.startswith("| claim |"):
+                    begin, end = "<!-- claims: begin -->", "<!-- claims: end -->"
+                    before, after = text.split(begin)[0], text.split(end)[1]
+                    text = f"{before}{begin}\n{claims}\n{end}{after}"
+    write_text(readme, text)
+
+
 if __name__ == "__main__":
     run = run_folder(sys.argv[1] if len(sys.argv) > 1 else "runs/pocket")
     print("published:", *publish(run, ROOT / "notebooks", ROOT / "figures"))
+    update_readme(run, ROOT / "notebooks", ROOT / "README.md")
