@@ -15,7 +15,7 @@ PIP := -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),-
 
 # A variable's text as one word of the shell, whatever stands in it; an option with it, where it is set.
 quoted = '$(subst ','\'',$(value $(1)))'
-option = $(if $(value $(2)),$(1) $(call quoted,$(2)))
+option = $(if $(value $(2)),$(1)$(call quoted,$(2)))
 
 .PHONY: setup setup-gpu reproduce plan publish report lab test test-slow rehearse lint lock clean clean-runs \
 	bank pocket pocket-check bench bench-gpu
@@ -33,8 +33,8 @@ $(STAMP): pyproject.toml constraints.txt
 setup-gpu: $(STAMP)
 	$(BIN)/python $(PIP) --editable '.[dev,gpu]'
 
-RUNNER = $(BIN)/python -m foggen.reproduce $(call option,--profile,PROFILE) $(call option,--run,RUN) \
-	$(call option,--seed,SEED) $(call option,--questions,QUESTIONS) $(ARGS)
+RUNNER = $(BIN)/python -m foggen.reproduce $(call option,--profile=,PROFILE) $(call option,--run=,RUN) \
+	$(call option,-p seed=,SEED) $(call option,-p data.questions=,QUESTIONS) $(ARGS)
 
 reproduce: $(STAMP)
 	$(RUNNER)

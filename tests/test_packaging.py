@@ -160,7 +160,7 @@ def test_a_variable_may_hold_any_text(folder: Path, text: str) -> None:
         done = make(
             folder, target, f"RUN={text}", f"QUESTIONS={text}", f"PROFILE={text}.yaml", "SEED=0"
         )
-        options = f"<--profile><{text}.yaml><--run><{text}><--seed><0><--questions><{text}>"
+        options = f"<--profile={text}.yaml><--run={text}><-p><seed=0><-p><data.questions={text}>"
         assert f"<-m><foggen.reproduce>{options}" in done.stdout, done.stderr
         assert ("<--list>" in done.stdout) == (target == "plan")
     assert f"<notebooks/publish.py><{text}>" in make(folder, "publish", f"RUN={text}").stdout

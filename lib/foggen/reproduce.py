@@ -193,13 +193,6 @@ def execute(plan: Plan, notebook: Path, given: Mapping[str, Any]) -> None:
     store.write_json(plan.sentinel(notebook), record | {"key": plan.keys[notebook], "cost": cost})
 
 
-def check_needs(settings: Settings) -> None:
-    """Raises SettingsError with everything that the run needs and that is missing."""
-    missing = [f"{need}: {advice}" for need, advice in needs(settings) if advice]
-    if missing:
-        raise SettingsError("\n  ".join(["This run cannot begin:", *missing]))
-
-
 def show_plan(plan: Plan) -> None:
     """Prints notebooks with their states, needs with what is missing, parameters with values."""
     for notebook in plan.keys:
@@ -218,10 +211,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--profile", default="pocket", help="a name in profiles/, or the path of a YAML file")
     add("--run", help="the run folder; by default runs/<profile>")
-    add("--seed", help="the run's seed; by default the profile's")
-    add("--questions", help="file or folder of questions to evaluate on, instead of the bank's")
     add("-p", dest="overrides", action="append", default=[], metavar="name=value")
-    add("--from", dest="start", default="01", metavar="NN", help="begin with this notebook")
+    add("--from", dest="start", metavar="NN", help="begin with this notebook; by default 01")
     add("--only", default="", metavar="NN", help="run this notebook alone")
     add("--force", action="store_true", help="run notebooks again even where nothing changed")
     add("--list", action="store_true", help="show the plan, run nothing")
@@ -232,10 +223,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> None:
     """Does what the command line says. Raises what `main` explains."""
     overrides = dict(config.parse_override(text) for text in options.overrides)
-    if options.questions:
-        overrides["data.questions"] = os.path.relpath(options.questions, ROOT)
-    if options.seed:
-        overrides["seed"] = options.seed
     settings = config.load_profile(options.profile, overrides)
     name = options.run or f"runs/{Path(options.profile).stem}"
     folder = store.run_folder(name)
@@ -244,14 +231,15 @@ def run(options: argparse.Namespace) -> None:
     overrides |= inputs.pin(settings, store.read_record(folder / "settings.json"))
     settings = config.load_profile(options.profile, overrides)
     plan = make_plan(settings, folder, ROOT / options.notebooks)
-    notebooks = [path for path in plan.keys if path.stem.startswith(options.only)]
-    if not options.only:
-        notebooks = [path for path in plan.keys if path.stem >= options.start]
+    start = options.start or options.only or "01"  # 00 is a demonstration
+    notebooks = [path for path in plan.keys if path.stem >= start]
+    notebooks = [path for path in notebooks if path.stem.startswith(options.only)]
     if not notebooks:
-        raise SettingsError(f"no notebook {options.only or options.start}; `make plan` lists them")
+        raise SettingsError(f"no notebook {start}; `make plan` lists them")
     waiting = [path for path in notebooks if options.force or plan.state(path) != "done"]
-    if waiting:
-        check_needs(settings)
+    lacking = [f"  {need}: {advice}" for need, advice in needs(settings) if waiting and advice]
+    if lacking:
+        raise SettingsError("\n".join(["This run cannot begin:", *lacking]))
     given = {"profile": options.profile, "run": name, "seed": settings.seed, "overrides": overrides}
     with store.Run(folder).locked():
         os.environ |= {store.RUN_VARIABLE: str(folder), store.LOCK_VARIABLE: str(folder)}
