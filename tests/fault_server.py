@@ -118,7 +118,7 @@ class Handler(BaseHTTPRequestHandler):
         good = json.dumps(reply()).encode()
         name, _, value = play.partition(": ")
         if play == "hang":
-            time.sleep(1)
+            time.sleep(3)
         elif play == "cut":
             self.send(200, good[: len(good) // 2], len(good))
         elif play == "unpaid":
