@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -33,10 +34,14 @@ def contents() -> Path:
     """The hub's folder, made once for what it is made of."""
     made_of = [Path(repositories.__file__), ROOT / "tests" / "tiny.py", repositories.BANK]
     folder = PLACE / f"hub-{digest([content_hash(path) for path in made_of])[:12]}"
-    if not (folder / "tokenizer.txt").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        note = repositories.fill(folder, PLACE / "npm")
-        (folder / "tokenizer.txt").write_text(note)
+    if not folder.exists():
+        PLACE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=PLACE) as scratch:
+            made = Path(scratch) / "hub"
+            note = repositories.fill(made, PLACE / "npm")
+            (made / "tokenizer.txt").write_text(note)
+            with suppress(OSError):  # another session was faster
+                made.rename(folder)
     return folder
 
 

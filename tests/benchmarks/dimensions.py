@@ -1,0 +1,125 @@
+"""What the recipe's steps take on a CPU with a model of Qwen3-0.6B's true dimensions.
+
+`.venv/bin/python tests/benchmarks/dimensions.py` writes data/results/dimensions.json: per step the
+seconds of CPU time, and the peak memory beside that of the weights. Weights are random, so nothing
+is downloaded. Every step has a process of its own, so that its peak is its own. Twice the rows
+show whether anything grows faster than they do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1]))
+from benchmarks.gpu import SIZES, TOY, make_model, make_questions
+
+from foggen.chain import edge_slot
+from foggen.config import Settings, load_profile
+from foggen.engines import Sampling
+from foggen.labels import score_answers
+from foggen.prompts import mcq_messages, target_text
+from foggen.questions import DOMAINS, Question
+from foggen.store import ROOT, peak_memory, progress, write_json
+from foggen.training import Job, train
+
+STEPS = {  # rows
+    "load": (0,),
+    "training step, merge and save": (2, 4),
+    "8 samples per question": (2, 4),
+    "exact scores": (1, 2),
+    "reload": (0,),
+}
+
+
+def take(step: str, rows: int, model: Path, tuned: Path) -> dict[str, float]:
+    """Takes one step in this process; CPU seconds, and the peak of this process in bytes."""
+    settings = load_profile(
+        "paper",
+        {
+            "edge.model": str(model),
+            "edge.revision": None,
+            "engine": "transformers",
+            "engine_options": {},
+            "dtype": "float32",
+            "threads": 1,
+            "sft.num_train_epochs": 1,
+            "sft.per_device_train_batch_size": max(rows, 1),
+        },
+    )
+    questions = make_questions(rows, DOMAINS) if rows else []
+    if step.startswith("training"):
+        taught = [{"messages": mcq_messages(q), "target": target_text(0.5, "A")} for q in questions]
+        started = time.process_time()
+        train(Job(model=model, rows=taught, settings=settings, out=tuned / "model", seed=0))
+    else:
+        started = ask(step, settings, questions, model, tuned / "model")
+    return {"seconds": time.process_time() - started, "peak": peak_memory()}
+
+
+def ask(
+    step: str, settings: Settings, questions: list[Question], model: Path, tuned: Path
+) -> float:
+    """What is asked of an engine; returns when it began, the engine being loaded before."""
+    started = time.process_time()
+    engine = edge_slot(settings).load(model)
+    if step == "load":
+        return started
+    started = time.process_time()
+    if step == "reload":
+        engine.reload(tuned)
+    elif step == "exact scores":
+        score_answers(engine, questions, settings.prompt_variant)
+    else:
+        sampling = Sampling(n=8, temperature=0.7, max_tokens=12)
+        engine.generate([mcq_messages(question) for question in questions], sampling)
+    return started
+
+
+def measure(sizes: dict[str, Any], work: Path) -> dict[str, Any]:
+    """All steps, each in its own process."""
+    weights = 4 * make_model(work / "start", sizes)
+    found = []
+    for step, counts in STEPS.items():
+        for rows in counts:
+            taken = ["--take", step, str(rows), str(work / "start"), str(work / "tuned")]
+            command = [sys.executable, __file__, *taken]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            row = json.loads(done.stdout.strip().split("\n")[-1])
+            found.append({"step": step, "rows": rows, **row, "copies": row["peak"] / weights})
+            progress(f"{step}, {rows} rows: {row['seconds']:.0f} s, {row['peak'] / 2**30:.1f} GiB")
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "sizes": sizes,
+        "weights": weights,
+        "dtype": "float32",
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
+        "steps": found,
+    }
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--toy", action="store_true", help="small dimensions, to try the script")
+    parser.add_argument("--out", type=Path, default=ROOT / "data" / "results" / "dimensions.json")
+    parser.add_argument("--take", nargs=4, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.take:
+        step, rows, model, tuned = given.take
+        print(json.dumps(take(step, int(rows), Path(model), Path(tuned))))
+        return
+    with tempfile.TemporaryDirectory() as work:
+        write_json(given.out, measure(TOY if given.toy else SIZES, Path(work)))
+
+
+if __name__ == "__main__":
+    main()
