@@ -7,7 +7,7 @@ compare as routers. Must not know how an outcome came about: no model, no prompt
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -324,17 +324,24 @@ def published(name: str = "fg") -> Frame:
     return table
 
 
-def percent(table: Frame, digits: int = 1) -> Frame:
-    """For display: shares as percent with their intervals, `57.0 [55.1, 58.9]`, - for NaN."""
+def percent(table: Frame, names: Mapping[str, str] | None = None, digits: int = 1) -> Frame:
+    """For display: shares as percent with their intervals, `57.0 [55.1, 58.9]`, - for NaN.
+
+    AUROC, AURC, ECE, Brier score and dIBC stay numbers from 0 to 1, other costs and p as they are.
+    `names` {column: header} keeps these columns only, in this order and under their headers.
+    """
     shown = table[[name for name in table if not name.endswith(("_low", "_high"))]].copy()
     for name, values in shown.select_dtypes("float").items():
         sign = "+" if name in ("lift", "area", "difference") else ""
-        plain = name in ("tau", "p", "p_holm", "forward_passes", "extra_tokens")
-        scale, form = (1, "{:.3g}") if plain else (100, f"{{:{sign}z.{digits}f}}")
+        scale, form = 100, f"{{:{sign}z.{digits}f}}"
+        if name in ("tau", "p", "p_holm", "forward_passes", "extra_tokens"):
+            scale, form = 1, "{:.3g}"
+        elif name.startswith(("auroc", "aurc", "ece", "brier", "dibc")):
+            scale, form = 1, "{:+z.2f}" if name.startswith("dibc") else "{:z.3f}"
         shown[name] = (scale * values).map(form.format).where(values.notna(), "-")
         if f"{name}_low" in table:
             ends = [scale * table[f"{name}_{end}"] for end in ("low", "high")]
             low, high = (end.map(form.format) for end in ends)
             texts = shown[name] + " [" + low + ", " + high + "]"
             shown[name] = shown[name].mask(ends[0].notna(), texts)
-    return shown
+    return shown if names is None else shown[[*names]].rename(columns=names)

@@ -95,6 +95,7 @@ def _rate_variance(correct: Array, counts: Array, bins: Codes, codes: Codes, rat
     """
     pairs = np.stack([codes, bins])
     _, first, cell = np.unique(pairs, axis=1, return_index=True, return_inverse=True)
+    cell = cell.ravel()  # numpy 2.0 gives it another shape
     n, r = np.bincount(cell), np.bincount(cell, correct)  # questions, right: (facts x bins,)
     _, rr, rn, nn = tie_sums(bins[first], counts[:, first] ** 2, r * r, r * n, n * n)
     facts = np.maximum(np.unique(bins[first], return_counts=True)[1], 2)  # in the bin
