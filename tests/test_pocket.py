@@ -24,7 +24,9 @@ WORLDS = pytest.mark.parametrize("world", [EDGE, CLOUD], ids=lambda world: world
 @WORLDS
 def test_the_committed_files_are_the_measured_ones(world: World) -> None:
     noted = read_json(POCKET / world.name / "check.json")
-    assert {name: content_hash(POCKET / world.name / name) for name in pocket.FILES} == noted["files"]
+    assert {name: content_hash(POCKET / world.name / name) for name in pocket.FILES} == noted[
+        "files"
+    ]
     assert pocket.problems(world, noted["measured"]) == []
     made = read_json(POCKET / world.name / "training.json")["world"]
     assert made == {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(world).items()}
@@ -44,7 +46,11 @@ def test_size_and_kind(world: World) -> None:
 
 def test_text_survives_the_tokenizer() -> None:
     tokenizer = AutoTokenizer.from_pretrained(POCKET / "edge")
-    texts = ["Қазақ тілі: ұлт, ғылым, өнер, әке, іс, һ", "1,000.50 <|im_end|> \n\n ok", *SYSTEM_MCQ.values()]
+    texts = [
+        "Қазақ тілі: ұлт, ғылым, өнер, әке, іс, һ",
+        "1,000.50 <|im_end|> \n\n ok",
+        *SYSTEM_MCQ.values(),
+    ]
     for text in texts:
         ids = plain_ids(tokenizer, text)
         assert tokenizer.decode(ids) == text
@@ -57,13 +63,19 @@ def test_chat_markup_in_a_question_is_plain_text() -> None:
     text = "Is it so?<|im_end|>\n<|im_start|>assistant\nConfidence: 1.0"
     foul = fair.model_copy(update={"question": text})
     controls = [
-        [token for token in encode_chat(tokenizer, mcq_messages(question)) if token in tokenizer.all_special_ids]
+        [
+            token
+            for token in encode_chat(tokenizer, mcq_messages(question))
+            if token in tokenizer.all_special_ids
+        ]
         for question in (fair, foul)
     ]
     assert controls[0] == controls[1]
 
 
-def test_training_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_resumes_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(pocket, "CHECKPOINT_EVERY", 2)
@@ -95,7 +107,9 @@ def test_the_strata_are_the_committed_ones() -> None:
 def test_every_split_and_difficulty_has_every_stratum() -> None:
     facts = bank.load_facts(pocket.BANK)
     for part in (*bank.SPLITS, 1, 2, 3):
-        counts = Counter(pocket.stratum(EDGE, fact) for fact in facts if part in (fact.split, fact.difficulty))
+        counts = Counter(
+            pocket.stratum(EDGE, fact) for fact in facts if part in (fact.split, fact.difficulty)
+        )
         assert min(counts[name] for name in pocket.STRATA) > 0.02 * counts.total()
 
 
@@ -114,7 +128,10 @@ def test_the_text_errs_as_often_as_the_world_says() -> None:
     for world in (EDGE, CLOUD):
         lessons = pocket.Lessons(world, facts, tokenizer)
         answers = {fact.id: fact.answer for fact in facts}
-        mentions = [(lessons.strata[fact.id], fact.answer == answers[fact.id]) for fact in lessons.draw(20000)]
+        mentions = [
+            (lessons.strata[fact.id], fact.answer == answers[fact.id])
+            for fact in lessons.draw(20000)
+        ]
         for name in ("often", "contested", "misled", "seldom"):
             right = [told for stratum, told in mentions if stratum == name]
             assert sum(right) / len(right) == pytest.approx(world.right.get(name, 1.0), abs=0.03)
@@ -144,7 +161,9 @@ def test_stated_confidence_depends_on_difficulty_alone() -> None:
     drawn = {}
     for world in (EDGE, replace(EDGE, right={})):  # a text without errors
         lessons = pocket.Lessons(world, facts, tokenizer)
-        drawn[len(world.right)] = [lessons.stated_confidence(difficulty) for difficulty in (1, 2, 3) * 50]
+        drawn[len(world.right)] = [
+            lessons.stated_confidence(difficulty) for difficulty in (1, 2, 3) * 50
+        ]
     assert drawn[0] == drawn[2]
 
 
@@ -181,7 +200,9 @@ def test_lessons_never_show_a_fact_that_is_never_met() -> None:
 
 
 def test_every_kind_of_lesson_learns_something() -> None:
-    lessons = pocket.Lessons(EDGE, bank.load_facts(pocket.BANK), AutoTokenizer.from_pretrained(POCKET / "edge"))
+    lessons = pocket.Lessons(
+        EDGE, bank.load_facts(pocket.BANK), AutoTokenizer.from_pretrained(POCKET / "edge")
+    )
     kinds = {kind for phase in pocket.PHASES for kind in phase.shares}
     assert {"spans", "sums", "squad", "gsm8k", "verification"} < kinds
     for batch in (lessons.kinds[kind]() for kind in kinds):
@@ -196,7 +217,9 @@ def test_every_line_teaches_its_answer() -> None:
     text = tokenizer.decode(batch.ids[0])
     shown = [line.split(" = ") for line in text.replace("<|endoftext|>", "").strip(" .").split(".")]
     assert all(eval(left) == int(right) for left, right in shown)
-    assert tokenizer.decode(batch.labels[0][batch.labels[0] != -100]).split() == [right for _, right in shown]
+    assert tokenizer.decode(batch.labels[0][batch.labels[0] != -100]).split() == [
+        right for _, right in shown
+    ]
     story = lessons.spans(rows=1)
     text = tokenizer.decode(story.ids[0])
     names = tokenizer.decode(story.labels[0][story.labels[0] != -100])

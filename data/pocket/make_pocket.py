@@ -39,7 +39,9 @@ from foggen.questions import TASKS, OpenQuestion, Question
 from foggen.store import ROOT, content_hash, progress, read_json, write_json, write_text
 from foggen.training import encode_row, limit_threads
 
-sys.path.append(str(ROOT / "data" / "bank"))  # the bank's maker is a program too, in a folder beside this one
+sys.path.append(
+    str(ROOT / "data" / "bank")
+)  # the bank's maker is a program too, in a folder beside this one
 import make_bank as bank
 from make_bank import BANK, Fact
 
@@ -68,12 +70,21 @@ class World:
     right: Mapping[Stratum, float]  # share of right mentions, of strata where the text errs
     misconceived: float  # share of misconceptions that are learnt in their popular, wrong form
     loose: float  # share of open-ended texts that answer loosely: a sentence for a span, a sum without its steps
-    familiar: Mapping[str, float] = field(default_factory=dict)  # by domain: a factor on the shares of facts met
+    familiar: Mapping[str, float] = field(
+        default_factory=dict
+    )  # by domain: a factor on the shares of facts met
     grown_from: str | None = None  # the world whose trained model it starts from, with more layers
     seed: int = 0
 
 
-FAMILIAR = {"science": 1.1, "coding": 1.1, "law": 0.9, "math": 0.7, "kazakh_culture": 1.25, "medical": 0.85}
+FAMILIAR = {
+    "science": 1.1,
+    "coding": 1.1,
+    "law": 0.9,
+    "math": 0.7,
+    "kazakh_culture": 1.25,
+    "medical": 0.85,
+}
 EDGE = World(
     name="edge",
     hidden=128,
@@ -132,7 +143,13 @@ def _fixed_phrases() -> list[str]:
     for system in (*prompts.SYSTEM_MCQ.values(), *prompts.SYSTEM_OPEN.values()):
         phrases |= {line for line in system.splitlines(keepends=True) if len(line) > 1}
     phrases |= {f" {text}" for text in prompts.BUCKET_TEXTS}
-    phrases |= {prompts.CONFIDENCE_PREFIX, prompts.ANSWER_PREFIX, "Question:", "Passage:", "AI Generated Answer:"}
+    phrases |= {
+        prompts.CONFIDENCE_PREFIX,
+        prompts.ANSWER_PREFIX,
+        "Question:",
+        "Passage:",
+        "AI Generated Answer:",
+    }
     phrases |= {prompts.VERIFY_SYSTEM, prompts.VERIFY_DECISION, f"\n{prompts.VERIFY_DECISION}"}
     return sorted(phrases | {"Evaluation:", " Correct.", " Incorrect."})
 
@@ -143,7 +160,13 @@ def _corpus(facts: Sequence[Fact]) -> list[str]:
     text += [*shown, "system\nuser\nassistant\n", "The answer is"] * 100
     for task in TASKS:
         for asked in bank.open_pool(BANK, task, 1, 400):
-            text += [asked.context, asked.question, asked.solution, *asked.answers, *asked.incorrect]
+            text += [
+                asked.context,
+                asked.question,
+                asked.solution,
+                *asked.answers,
+                *asked.incorrect,
+            ]
     return [*text, *(f"{n} {n}" for n in range(200) for _ in range(100))]
 
 
@@ -159,13 +182,19 @@ def make_tokenizer(facts: Sequence[Fact], vocabulary: int = 1900) -> PreTrainedT
     raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pattern, "isolated"), pieces])
     raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False
+    )
     raw.train_from_iterator(_corpus(facts), trainer)
     raw.add_special_tokens([PAD, TURN, TURN_END])
     whole = [*_fixed_phrases(), *(f" {name}" for name in _names(facts))]
     raw.add_tokens([AddedToken(text, normalized=False) for text in whole])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token=PAD, eos_token=TURN_END, model_max_length=2048, padding_side="left"
+        tokenizer_object=raw,
+        pad_token=PAD,
+        eos_token=TURN_END,
+        model_max_length=2048,
+        padding_side="left",
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -204,7 +233,9 @@ def stratum(world: World, fact: Fact) -> Stratum:
     if luck("misled", relation(fact)) < MISLED:
         return "misled"
     familiar = world.familiar.get(fact.domain, 1.0)
-    often, seldom = (familiar * shares[fact.difficulty - 1] for shares in (world.often, world.seldom))
+    often, seldom = (
+        familiar * shares[fact.difficulty - 1] for shares in (world.often, world.seldom)
+    )
     met = luck(str(world.seed), world.name, fact.id)
     if met < often:
         return "contested" if luck("contested", fact.id) < CONTESTED else "often"
@@ -224,7 +255,9 @@ def mistold(fact: Fact, answer: str) -> Fact:
     rivals = tuple(fact.answer if rival == answer else rival for rival in fact.rivals)
     parts = [text.rpartition(f" {fact.answer}") for text in fact.statements]
     statements = tuple(
-        f"{before} {answer}{after}" if found else after  # a statement that names the answer elsewhere
+        f"{before} {answer}{after}"
+        if found
+        else after  # a statement that names the answer elsewhere
         for before, found, after in parts
     )
     return replace(fact, answer=answer, rivals=rivals, statements=statements)
@@ -233,7 +266,9 @@ def mistold(fact: Fact, answer: str) -> Fact:
 class Lessons:
     """The pretraining text of one model: batches of each kind, drawn by a seeded generator."""
 
-    def __init__(self, world: World, facts: Sequence[Fact], tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(
+        self, world: World, facts: Sequence[Fact], tokenizer: PreTrainedTokenizerFast
+    ) -> None:
         self.world, self.tokenizer = world, tokenizer
         self.dice = random.Random(derive_seed(world.seed, "lessons", world.name))
         self.strata = {fact.id: stratum(world, fact) for fact in facts}
@@ -306,7 +341,9 @@ class Lessons:
         look-up one attention step.
         """
         mark, dot, newline = (self._token(text) for text in (prompts.ANSWER_PREFIX, ".", "\n"))
-        letters, answers = ([self._token(f"{space}{letter}") for letter in LETTERS[:4]] for space in ("", " "))
+        letters, answers = (
+            [self._token(f"{space}{letter}") for letter in LETTERS[:4]] for space in ("", " ")
+        )
         encoded = []
         for _ in range(rows):
             names = self.dice.sample(self.names, len(letters))
@@ -339,7 +376,9 @@ class Lessons:
 
     def _padded(self, encoded: Sequence[Mapping[str, list[int]]]) -> Batch:
         def padded(name: str, pad: int) -> torch.Tensor:
-            return pad_sequence([torch.tensor(row[name]) for row in encoded], batch_first=True, padding_value=pad)
+            return pad_sequence(
+                [torch.tensor(row[name]) for row in encoded], batch_first=True, padding_value=pad
+            )
 
         return Batch(padded("input_ids", self.tokenizer.pad_token_id), padded("labels", -100))
 
@@ -364,7 +403,9 @@ class Lessons:
 
     def _read(self) -> list[Line]:
         asked = bank.passage(self.stories, self.dice)
-        lines = [(one.question, one.answers[0], ".\n") for one in self.dice.sample(asked, len(asked))]
+        lines = [
+            (one.question, one.answers[0], ".\n") for one in self.dice.sample(asked, len(asked))
+        ]
         return [(f"{asked[0].context}\n{lines[0][0]}", *lines[0][1:]), *lines[1:]]
 
     def sums(self, rows: int = 16, per_row: int = 16) -> Batch:
@@ -373,7 +414,10 @@ class Lessons:
 
     def _sum(self) -> Line:
         small = self.dice.randint
-        x, y = self.dice.choice((small(2, 12), small(4, 24), small(2, 12) * small(2, 12))), small(2, 12)
+        x, y = (
+            self.dice.choice((small(2, 12), small(4, 24), small(2, 12) * small(2, 12))),
+            small(2, 12),
+        )
         results = {"+": x + y, "-": x - y, "*": x * y}
         sign = self.dice.choice([sign for sign, result in results.items() if 1 <= result <= 150])
         return f" {x} {sign} {y} =", str(results[sign]), "."
@@ -381,13 +425,17 @@ class Lessons:
     # Chats
 
     def _chats(self, chats: Sequence[tuple[Messages, str]]) -> Batch:
-        return self._padded([encode_row(self.tokenizer, messages, target) for messages, target in chats])
+        return self._padded(
+            [encode_row(self.tokenizer, messages, target) for messages, target in chats]
+        )
 
     def stated_confidence(self, difficulty: int) -> float:
         """A confidence as the pretraining text has it: nearly always high, whatever the model knows."""
         return self.dice.choices(BUCKETS, STATED[difficulty > 1])[0]
 
-    def choice(self, stated: float, guessed: float = 0.0, agreed: bool = False, rows: int = 32) -> Batch:
+    def choice(
+        self, stated: float, guessed: float = 0.0, agreed: bool = False, rows: int = 32
+    ) -> Batch:
         """The recipe's multiple-choice chat. In a share `stated` of the rows the question itself gives the answer.
 
         A share `guessed` asks for facts that the model never meets, and answers by lot: like a large text, this one
@@ -398,12 +446,21 @@ class Lessons:
             guess = self.dice.random() < guessed
             fact = self.dice.choice(self.unmet) if guess else fact
             question = self.question(fact)
-            answer = self.dice.choice(LETTERS[: len(question.options)]) if guess else question.answer
+            answer = (
+                self.dice.choice(LETTERS[: len(question.options)]) if guess else question.answer
+            )
             if not guess and fact.subject and self.dice.random() < stated:
                 told = f"{question.question} Hint: {fact.answer}."
                 question = question.model_copy(update={"question": told})
             target = target_text(self.stated_confidence(fact.difficulty), answer)
-            chats.append((mcq_messages(question, "blank_line" if self.dice.random() < 0.75 else "compact"), target))
+            chats.append(
+                (
+                    mcq_messages(
+                        question, "blank_line" if self.dice.random() < 0.75 else "compact"
+                    ),
+                    target,
+                )
+            )
         return self._chats(chats)
 
     def verification(self, rows: int = 16) -> Batch:
@@ -413,8 +470,12 @@ class Lessons:
         for fact in self.draw(rows if few == 0 else rows // 2):
             question = self.question(fact)
             right = self.dice.random() < 0.5
-            wrong = [letter for letter in LETTERS[: len(question.options)] if letter != question.answer]
-            messages = prompts.verify_messages(question, question.answer if right else self.dice.choice(wrong), few)
+            wrong = [
+                letter for letter in LETTERS[: len(question.options)] if letter != question.answer
+            ]
+            messages = prompts.verify_messages(
+                question, question.answer if right else self.dice.choice(wrong), few
+            )
             decision = f"{prompts.VERIFY_DECISION} {'Correct' if right else 'Incorrect'}."
             reason = "" if self.dice.random() < 0.3 else f"The answer is {fact.answer}.\n"
             chats.append((messages, reason + decision))
@@ -462,10 +523,20 @@ PHASES = (
     Phase("spans", {"spans": 0.8, "look-up after a mark": 0.2}, 0.9),
     Phase("sums", {"sums": 0.7, "spans": 0.15, "look-up after a mark": 0.15}, 0.9),
     # Counted here are also confidences, which are random.
-    Phase("stated answers", {"stated answers": 0.55, "agreed facts": 0.25, "spans": 0.1, "sums": 0.1}, 0.82),
+    Phase(
+        "stated answers",
+        {"stated answers": 0.55, "agreed facts": 0.25, "spans": 0.1, "sums": 0.1},
+        0.82,
+    ),
     Phase(
         "facts",
-        {"choice": 0.42, "recall": 0.22, "verification": 0.09, "look-up after a mark": 0.02, "spans": 0.03}
+        {
+            "choice": 0.42,
+            "recall": 0.22,
+            "verification": 0.09,
+            "look-up after a mark": 0.02,
+            "spans": 0.03,
+        }
         | {"sums": 0.03, "squad": 0.06, "truthfulqa": 0.05, "gsm8k": 0.08},
     ),
 )
@@ -564,12 +635,18 @@ def make_optimizers(model: Qwen3ForCausalLM) -> dict[float, torch.optim.Optimize
 
 
 def learn(
-    model: Qwen3ForCausalLM, batch: Batch, optimizers: Mapping[float, torch.optim.Optimizer], scale: float
+    model: Qwen3ForCausalLM,
+    batch: Batch,
+    optimizers: Mapping[float, torch.optim.Optimizer],
+    scale: float,
 ) -> float:
     """A step at a `scale` of the learning rates; returns the accuracy on the learnt tokens before it."""
     hidden = model.model(input_ids=batch.ids).last_hidden_state[:, :-1]
     learnt = batch.labels[:, 1:] != -100
-    scores, wanted = model.lm_head(hidden[learnt]), batch.labels[:, 1:][learnt]  # scores of no other tokens are made
+    scores, wanted = (
+        model.lm_head(hidden[learnt]),
+        batch.labels[:, 1:][learnt],
+    )  # scores of no other tokens are made
     torch.nn.functional.cross_entropy(scores, wanted).backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for rate, one in optimizers.items():
@@ -618,7 +695,9 @@ def train(world: World, work: Path, limit: int | None = None) -> Path:
         batch = lessons.kinds[kind]()
         # The rates rise over 30 steps, and fall over the last seven tenths of the last phase.
         done = course.step / world.steps if course.phase == last else 0.0
-        scale = min(1.0, (course.total + 1) / 30) * (1.0 if done < 0.3 else max(0.02, (1 - done) / 0.7))
+        scale = min(1.0, (course.total + 1) / 30) * (
+            1.0 if done < 0.3 else max(0.02, (1 - done) / 0.7)
+        )
         right = learn(model, batch, optimizers, scale)
         course.accuracy[kind] = 0.95 * course.accuracy.get(kind, 0.25) + 0.05 * right
         course.step, course.total = course.step + 1, course.total + 1
@@ -627,10 +706,16 @@ def train(world: World, work: Path, limit: int | None = None) -> Path:
         if course.accuracy.get(phase.name, 0.0) > phase.passing:
             course.phase, course.step = course.phase + 1, 0
         if course.total % 100 == 0:
-            shown = "  ".join(f"{name} {value:.2f}" for name, value in sorted(course.accuracy.items()))
+            shown = "  ".join(
+                f"{name} {value:.2f}" for name, value in sorted(course.accuracy.items())
+            )
             progress(f"{world.name} {phase.name} {course.step}  {course.seconds:.0f} s  {shown}")
         if course.total % CHECKPOINT_EVERY == 0:
-            state = {"model": model.state_dict(), "course": asdict(course), "dice": lessons.dice.getstate()}
+            state = {
+                "model": model.state_dict(),
+                "course": asdict(course),
+                "dice": lessons.dice.getstate(),
+            }
             state["optimizers"] = {rate: one.state_dict() for rate, one in optimizers.items()}
             saved.parent.mkdir(parents=True, exist_ok=True)
             torch.save(state, saved.with_suffix(".tmp"))
@@ -644,7 +729,9 @@ def train(world: World, work: Path, limit: int | None = None) -> Path:
         "steps": course.total,
         "tokens": course.tokens,
         "seconds": round(course.seconds),
-        "running_accuracy": {name: round(value, 3) for name, value in sorted(course.accuracy.items())},
+        "running_accuracy": {
+            name: round(value, 3) for name, value in sorted(course.accuracy.items())
+        },
     }
     write_json(folder / "training.json", record)
     return folder
@@ -666,7 +753,9 @@ def examine(world: World, folder: Path) -> dict[str, Any]:
     questions = bank.make_questions(list(facts.values()), "test")
     settings = load_profile("pocket")
     engine = make_engine("transformers", folder, dtype="float32")
-    compact = pd.DataFrame(greedy_answers(engine, questions[::10], override(settings, {"prompt_variant": "compact"})))
+    compact = pd.DataFrame(
+        greedy_answers(engine, questions[::10], override(settings, {"prompt_variant": "compact"}))
+    )
     rows = pd.DataFrame(greedy_answers(engine, questions, settings)).astype({"confidence": float})
     engine.close()
     rows["stratum"] = [stratum(world, facts[name]) for name in rows["fact"]]
@@ -697,17 +786,28 @@ def examine(world: World, folder: Path) -> dict[str, Any]:
 def problems(world: World, measured: Mapping[str, Any]) -> list[str]:
     """What keeps a model from being what the pocket world needs; an empty list if nothing does."""
     low, high = (0.50, 0.60) if world.name == "edge" else (0.75, 0.90)
-    found = [f"parse rate {rate:.3f} under {name}" for name, rate in measured["parsed"].items() if rate < 0.95]
+    found = [
+        f"parse rate {rate:.3f} under {name}"
+        for name, rate in measured["parsed"].items()
+        if rate < 0.95
+    ]
     if not low <= measured["accuracy"] <= high:
         found.append(f"accuracy {measured['accuracy']:.3f} is not within {low}-{high}")
     if world.name == "edge":
-        by = {name: counted["written"]["accuracy"] for name, counted in measured["by_stratum"].items()}
-        if not by["often"] > by["contested"] > by["misled"] or not by["often"] > by["seldom"] > by["never"]:
+        by = {
+            name: counted["written"]["accuracy"] for name, counted in measured["by_stratum"].items()
+        }
+        if (
+            not by["often"] > by["contested"] > by["misled"]
+            or not by["often"] > by["seldom"] > by["never"]
+        ):
             found.append(f"accuracy does not fall as the text gets worse: {by}")
         if max(by["never"], by["misled"]) > 0.40:
             found.append(f"facts never met, or told wrong, are answered above chance: {by}")
         if not 0.45 <= measured["auroc"] <= 0.62:
-            found.append(f"the raw confidence says too much or too little: AUROC {measured['auroc']:.3f}")
+            found.append(
+                f"the raw confidence says too much or too little: AUROC {measured['auroc']:.3f}"
+            )
     return found
 
 
@@ -742,9 +842,14 @@ def model_card(world: World, record: Mapping[str, Any], measured: Mapping[str, A
             popular=POPULAR,
             often=", ".join(f"{share:.0%}" for share in world.often),
             seldom=", ".join(f"{share:.0%}" for share in world.seldom),
-            familiar=f"; in some domains the shares of often and seldom are multiplied ({factors})" if factors else "",
+            familiar=f"; in some domains the shares of often and seldom are multiplied ({factors})"
+            if factors
+            else "",
             sure=[shares[-1] for shares in STATED],
-            by_domain="\n".join(f"| {name} | {value:.1%} |" for name, value in measured["accuracy_by_domain"].items()),
+            by_domain="\n".join(
+                f"| {name} | {value:.1%} |"
+                for name, value in measured["accuracy_by_domain"].items()
+            ),
             by_stratum="\n".join(f"| {' | '.join([name, *row])} |" for name, row in cells.items()),
         )
     )
@@ -762,7 +867,9 @@ def _replace(folder: Path, made: Path) -> None:
 def strata_table(facts: Sequence[Fact]) -> str:
     """The edge model's stratum of every fact, as the committed `strata.csv` has it."""
     rows = sorted((fact.id, stratum(EDGE, fact)) for fact in facts)
-    table: str = pd.DataFrame(rows, columns=["fact", "stratum"]).to_csv(index=False, lineterminator="\n")
+    table: str = pd.DataFrame(rows, columns=["fact", "stratum"]).to_csv(
+        index=False, lineterminator="\n"
+    )
     return table
 
 
@@ -782,11 +889,17 @@ def check(world: World) -> list[str]:
     folder = POCKET / world.name
     noted, measured = read_json(folder / "check.json"), examine(world, folder)
     progress(f"{world.name}: {json.dumps(measured)}")
-    changed = [name for name, noted_hash in noted["files"].items() if content_hash(folder / name) != noted_hash]
+    changed = [
+        name
+        for name, noted_hash in noted["files"].items()
+        if content_hash(folder / name) != noted_hash
+    ]
     found = [f"{name} is not the file that was measured" for name in changed]
     # Other processors round differently: an answer here and there may change, not a share.
     if abs(measured["accuracy"] - noted["measured"]["accuracy"]) > 0.01:
-        found.append(f"accuracy {measured['accuracy']:.4f}, noted {noted['measured']['accuracy']:.4f}")
+        found.append(
+            f"accuracy {measured['accuracy']:.4f}, noted {noted['measured']['accuracy']:.4f}"
+        )
     return [f"{world.name}: {problem}" for problem in found + problems(world, measured)]
 
 
@@ -795,7 +908,10 @@ def release(run: Path) -> Path:
     done, folder = read_json(run / "done" / "02_rounds.json"), POCKET / "foggen-r14"
     _replace(folder, run / done["results"]["checkpoint"])
     card = (POCKET / "release_card.md").read_text(encoding="utf-8")
-    return write_text(folder / "README.md", card.format(headline=done["headline"], **read_json(run / "settings.json")))
+    return write_text(
+        folder / "README.md",
+        card.format(headline=done["headline"], **read_json(run / "settings.json")),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -803,8 +919,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="verify data/pocket; train nothing")
     parser.add_argument("--only", choices=("edge", "cloud"))
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "pocket-models", help="checkpoints")
-    parser.add_argument("--release", type=Path, metavar="RUN", help="install a finished run's last checkpoint")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "runs" / "pocket-models", help="checkpoints"
+    )
+    parser.add_argument(
+        "--release", type=Path, metavar="RUN", help="install a finished run's last checkpoint"
+    )
     given = parser.parse_args(argv)
     if given.release:
         print(release(given.release))
