@@ -216,7 +216,7 @@ def wait_for(happened: Callable[[], bool]) -> None:
 
 def test_an_interrupt_is_one_line(checkout: Checkout, tmp_path: Path) -> None:
     begun = f"open({str(tmp_path / 'begun')!r}, 'w')"
-    checkout.notebook("01_first", begun, "import time; time.sleep(10**6)")
+    checkout.notebook("01_first", f"import time\n{begun}\ntime.sleep(10**6)")
     log = tmp_path / "log"
     process = start(checkout, log)
     wait_for(lambda: (tmp_path / "begun").exists() or process.poll() is not None)
