@@ -18,7 +18,7 @@ import pandas as pd
 from foggen import engines, labels, open_ended, prompts, stats, training
 from foggen.config import Settings, SettingsError, derive_seed
 from foggen.engines import EngineError, EngineSlot, make_engine
-from foggen.evaluation import DRAWN, MODEL, answers, asked, cloud_answers
+from foggen.evaluation import DRAWN, MODEL, answers, cloud_answers, stage_key
 from foggen.inputs import model_folder
 from foggen.labels import GOLD, Letters, Questions, Sample, SftRow
 from foggen.questions import OpenQuestion, Question, by_domain, draw, draw_balanced, subset
@@ -104,27 +104,27 @@ def next_round(
         labeller = rounds[0].model
     overall = [row["confidence"] for row in rounds[0].rows] if rounds else []
 
-    def labelled(name: str, questions: Questions) -> list[SftRow]:
+    def label(name: str, questions: Questions) -> list[SftRow]:
         rows = label_questions(run, edge, name, labeller, questions, cloud)
         seed = derive_seed(s.seed, name, "samples")
         return labels.control_labels(rows, s.label_control, seed, overall)
 
     # The checkpoint that stands labels new questions, from its answers
-    new = labelled(name, questions)
+    new = label(name, questions)
     # Rows of the buffer are replayed beside them, as a rule with the labels that they have
     old = replay(buffer_rows(rounds), s.replay_rows, derive_seed(s.seed, name))
     if s.relabel_replay and old:
-        known = {question.id: question for _, questions in plan for question in questions}
-        old = labelled(f"{name}-replay", [known[row["id"]] for row in old])
+        by_id = {question.id: question for _, questions in plan for question in questions}
+        old = label(f"{name}-replay", [by_id[row["id"]] for row in old])
     # It learns both; the merged weights are the next checkpoint
-    trained: Record = {}
+    record: Record = {}
     if s.edge.format_install and not rounds:
         edge.close()  # the sibling's engine cannot take another architecture's weights
     if rounds or s.edge.format_install:
-        model, trained = fine_tune(run, edge, name, model, [*new, *old])
+        model, record = fine_tune(run, edge, name, model, [*new, *old])
     evaluation = answers(run, edge, dev, model, f"{name}-dev")
     wrong = sum(cloud.get(q.id) != q.answer for q in questions) if cloud else None
-    return Round(number, domain, model, new, trained, evaluation, s.tau, wrong)
+    return Round(number, domain, model, new, record, evaluation, s.tau, wrong)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -145,8 +145,8 @@ def round_questions(train: Questions, settings: Settings) -> Plan:
     """
     pools = by_domain(train)
     if missing := [domain for domain in settings.domains if domain not in pools]:
-        found = f"no training questions for {', '.join(missing)}; there are {', '.join(pools)}"
-        raise SettingsError(f"domains: {found}")
+        reason = f"no training questions for {', '.join(missing)}; there are {', '.join(pools)}"
+        raise SettingsError(f"domains: {reason}")
     plan: Plan = [(None, calibration_questions(train, settings))]
     for number in range(1, settings.rounds + 1):
         domain = settings.domains[(number - 1) % len(settings.domains)]
@@ -219,7 +219,7 @@ def label_questions(
         return labels.sample_answers(edge.load(model), questions, s, seed, reference)
 
     right = digest([reference.get(question.id) for question in questions])
-    key = asked(s, questions, *DRAWN, "labels", *MODEL, seed=seed, reference=right)
+    key = stage_key(s, questions, *DRAWN, "labels", *MODEL, seed=seed, reference=right)
     samples = run.cached_rows(f"{name}-samples", key, ask, [model], [prompts, engines, labels])
     pairs = zip(questions, cast(list[Sample], samples), strict=True)
     rows = [labels.training_row(question, sample, s, taught) for question, sample in pairs]
@@ -251,9 +251,9 @@ def trained_checkpoint(run: Run) -> Path:
     folder `foggen-r14` beside the edge model.
     """
     results = read_record(run.folder / "done" / "02_rounds.json").get("results", {})
-    edge, trained = run.settings.edge, run.folder / str(results.get("checkpoint"))
-    if results.get("edge") == edge.model and trained.is_dir():
-        return trained
+    edge, last = run.settings.edge, run.folder / str(results.get("checkpoint"))
+    if results.get("edge") == edge.model and last.is_dir():
+        return last
     released = (ROOT / edge.model).with_name("foggen-r14")
     return released if released.is_dir() else model_folder(edge.model, edge.revision)
 
@@ -269,7 +269,7 @@ class Branch(NamedTuple):
     rows: list[SftRow]
     counts: list[dict[str, Any]]  # see `open_ended.r15_rows`
     replayed: list[SftRow]
-    training: dict[str, Any]
+    training: Record
 
 
 def run_r15(
@@ -286,14 +286,14 @@ def run_r15(
         write_jsonl(folder / "rows.jsonl", rows)
         write_jsonl(folder / "counts.jsonl", counts)
 
-    key = asked(s, questions, *DRAWN, "tie", "open_ended", *MODEL, seed=seed)
+    key = stage_key(s, questions, *DRAWN, "tie", "open_ended", *MODEL, seed=seed)
     code = [prompts, engines, labels, open_ended]
     folder = run.cached("r15-labels", key, compute, [model], code)
     new = cast(list[SftRow], read_jsonl(folder / "rows.jsonl"))
     old = replay(buffer_rows(rounds), s.open_ended.r15.replay, seed)
     if s.open_ended.r15_model:  # trained by others on other rows; these are for the eye
         branch = model_folder(s.open_ended.r15_model, s.open_ended.r15_revision)
-        trained: dict[str, Any] = {"rows": len(new) + len(old), "too_long": 0, "steps": 0}
+        record: Record = {"rows": len(new) + len(old), "too_long": 0, "steps": 0}
     else:
-        branch, trained = fine_tune(run, edge, "r15", model, [*new, *old])
-    return Branch(branch, new, read_jsonl(folder / "counts.jsonl"), old, trained)
+        branch, record = fine_tune(run, edge, "r15", model, [*new, *old])
+    return Branch(branch, new, read_jsonl(folder / "counts.jsonl"), old, record)

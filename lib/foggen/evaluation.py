@@ -70,7 +70,7 @@ def greedy_answers(engine: Engine, questions: Questions, settings: Settings) -> 
 # The cache
 
 
-def asked(
+def stage_key(
     settings: Settings, questions: Questions | OpenQuestions, *names: str, **values: Any
 ) -> dict[str, Any]:
     """The key of a stage: what its answers depend on, beside model and code."""
@@ -132,10 +132,10 @@ def answers(
 ) -> Table:
     """`greedy_answers` of a checkpoint (None: of the cloud), with the questions' texts."""
     ask = partial(greedy_answers, questions=questions, settings=run.settings)
-    key = asked(run.settings, questions, "max_new_tokens")
+    key = stage_key(run.settings, questions, "max_new_tokens")
     table = stage(run, edge, model, f"{name}-answers", key, ask)
     texts = [question.question for question in questions]
-    return answered(table).assign(question=texts)
+    return drop_unread(table).assign(question=texts)
 
 
 def cloud_answers(run: Run, edge: EngineSlot, questions: Questions, name: str) -> Table:
@@ -143,20 +143,20 @@ def cloud_answers(run: Run, edge: EngineSlot, questions: Questions, name: str) -
     return answers(run, edge, questions, None, f"{name}-cloud")
 
 
-def answered(table: Table) -> Table:
+def drop_unread(table: Table) -> Table:
     """The table without the confidences of unreadable answers: nothing can be kept of these."""
     stated = table["confidence"].astype(float).where(table["local_answer"].notna())
     return table.assign(confidence=stated)
 
 
-def letters_of(table: Table) -> list[str | None]:
+def answer_letters(table: Table) -> list[str | None]:
     """The letters in a table of `answers`; None where unreadable."""
     return [None if pd.isna(letter) else str(letter) for letter in table["local_answer"]]
 
 
 def scores(run: Run, edge: EngineSlot, questions: Questions, model: Path, name: str) -> Table:
     """Exact probabilities: E[c], the likeliest letter's share, and P(True) of the greedy answer."""
-    settings, letters = run.settings, letters_of(answers(run, edge, questions, model, name))
+    settings, letters = run.settings, answer_letters(answers(run, edge, questions, model, name))
 
     def ask(engine: Engine) -> Rows:
         exact = labels.score_answers(engine, questions, settings.prompt_variant)
@@ -166,7 +166,7 @@ def scores(run: Run, edge: EngineSlot, questions: Questions, model: Path, name: 
             rows.append({**row, "option_probability": score.option_probability})
         return rows
 
-    key = asked(settings, questions, answers=digest(letters))
+    key = stage_key(settings, questions, answers=digest(letters))
     return stage(run, edge, model, f"{name}-scores", key, ask, labels).astype(float)
 
 
@@ -191,7 +191,7 @@ def votes(run: Run, edge: EngineSlot, questions: Questions, model: Path, name: s
         samples = labels.sample_answers(engine, questions, settings, seed)
         return [{"votes": s["votes"], "sample_tokens": s["tokens"]} for s in samples]
 
-    key = asked(settings, questions, *DRAWN, seed=seed)
+    key = stage_key(settings, questions, *DRAWN, seed=seed)
     return stage(run, edge, model, f"{name}-votes", key, ask, labels)
 
 
@@ -199,11 +199,11 @@ def verifications(
     run: Run, edge: EngineSlot, questions: Questions, model: Path, name: str
 ) -> Table:
     """AutoMix's verifications of the greedy answers, with their texts: see `automix.verify`."""
-    letters, rule = letters_of(answers(run, edge, questions, model, name)), run.settings.automix
+    letters, rule = answer_letters(answers(run, edge, questions, model, name)), run.settings.automix
     seed = derive_seed(run.settings.seed, name.partition("-")[0], "verification")
     sampling = Sampling(rule.k, rule.temperature, rule.max_new_tokens, seed)
     ask = partial(automix.verify, questions=questions, answers=letters, sampling=sampling)
-    key = asked(run.settings, questions, "automix", answers=digest(letters), seed=seed)
+    key = stage_key(run.settings, questions, "automix", answers=digest(letters), seed=seed)
     return stage(run, edge, model, f"{name}-verification", key, ask, automix)
 
 
@@ -211,8 +211,8 @@ def outcomes(
     run: Run, edge: EngineSlot, questions: Questions, model: Path, name: str, parts: Parts = PARTS
 ) -> Table:
     """The outcomes table of a checkpoint, in the columns of `routing.Outcome`, with these parts."""
-    known = {"scores": scores, "votes": votes, "verification": verifications}
-    tables = [known[part](run, edge, questions, model, name) for part in parts]
+    measures = {"scores": scores, "votes": votes, "verification": verifications}
+    tables = [measures[part](run, edge, questions, model, name) for part in parts]
     local = answers(run, edge, questions, model, name).drop(columns="failed")
     cloud = cloud_answers(run, edge, questions, name.partition("-")[0])
     cloud = cloud[["local_answer", "local_correct", "local_tokens", "failed"]]
@@ -239,20 +239,20 @@ def open_outcomes(
     """The outcomes table of a checkpoint on open-ended questions, with a task for a domain."""
     limits = run.settings.open_ended.max_new_tokens.model_dump()
     ask = partial(open_ended.evaluate_open, questions=questions, max_new_tokens=limits)
-    key, cloud = asked(run.settings, questions, limits=limits), f"{name.partition('-')[0]}-cloud"
-    pairs = ((model, name), (None, cloud))
-    tables = [stage(run, edge, at, f"{name}-answers", key, ask, open_ended) for at, name in pairs]
-    table = keep_local(answered(open_ended.open_outcomes(*tables)))
+    key = stage_key(run.settings, questions, limits=limits)
+    local = stage(run, edge, model, f"{name}-answers", key, ask, open_ended)
+    cloud = stage(run, edge, None, f"{name.partition('-')[0]}-cloud-answers", key, ask, open_ended)
+    table = keep_local(drop_unread(open_ended.open_outcomes(local, cloud)))
     return table.assign(seed=run.settings.seed)
 
 
 def judged(run: Run, edge: EngineSlot, questions: OpenQuestions, model: Path, name: str) -> Table:
     """The cloud's grades of a checkpoint's TruthfulQA answers: see `open_ended.judge`."""
     table = open_outcomes(run, edge, questions, model, name)
-    texts = letters_of(table[table["task"] == "truthfulqa"])
+    texts = answer_letters(table[table["task"] == "truthfulqa"])
     graded = [question for question in questions if question.task == "truthfulqa"]
     ask = partial(open_ended.judge, questions=graded, answers=texts)
-    key = asked(run.settings, graded, answers=digest(texts))
+    key = stage_key(run.settings, graded, answers=digest(texts))
     return stage(run, edge, None, f"{name}-judged", key, ask, open_ended).astype({"correct": float})
 
 

@@ -106,8 +106,8 @@ def sft(job: Job) -> Record:
     trainer = make_trainer(job, tokenizer, rows)
     trainer.remove_callback(PrinterCallback)
     dtype, result = trainer.model.dtype, trainer.train()
-    trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
-    if not (math.isfinite(result.training_loss) and all(w.isfinite().all() for w in trained)):
+    weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    if not (math.isfinite(result.training_loss) and all(w.isfinite().all() for w in weights)):
         raise TrainingError(f"diverged, loss {result.training_loss}: lower sft.learning_rate")
     # What it leaves behind
     record: Record = {"rows": len(rows), "too_long": len(encoded) - len(rows)}
@@ -133,18 +133,18 @@ def make_trainer(job: Job, tokenizer: Any, rows: list[dict[str, list[int]]]) -> 
     dtype = pick_dtype(settings.dtype, torch.device("cuda" if on_gpu else "cpu"))
     if dtype == torch.float16 and not on_gpu:
         dtype = torch.float32  # float16 needs a gradient scaler, which a CPU has not
-    loading = {"dtype": dtype, "attn_implementation": settings.training.attn_implementation}
+    loader_options = {"dtype": dtype, "attn_implementation": settings.training.attn_implementation}
     # The rows stay as they are; a batch holds rows of like length
-    fixed: dict[str, Any] = {"max_length": None, "train_sampling_strategy": "group_by_length"}
-    fixed |= {"gradient_checkpointing": False, "use_cpu": not on_gpu, "seed": job.seed}
+    arguments: dict[str, Any] = {"max_length": None, "train_sampling_strategy": "group_by_length"}
+    arguments |= {"gradient_checkpointing": False, "use_cpu": not on_gpu, "seed": job.seed}
     # Nothing is shown or saved on the way, and a loss that is not finite is not hidden
-    fixed |= {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
-    fixed |= {"logging_nan_inf_filter": False, "output_dir": str(job.out)}
+    arguments |= {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
+    arguments |= {"logging_nan_inf_filter": False, "output_dir": str(job.out)}
     # Mixed precision: the adapter is float32 in any case, and float16 brings its scaler
-    fixed |= {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
+    arguments |= {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
     return SFTTrainer(
-        AutoModelForCausalLM.from_pretrained(job.model, **loading),
-        SFTConfig(**settings.sft.model_dump(), **fixed),
+        AutoModelForCausalLM.from_pretrained(job.model, **loader_options),
+        SFTConfig(**settings.sft.model_dump(), **arguments),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=LoraConfig(task_type="CAUSAL_LM", **settings.lora.model_dump()),
