@@ -63,7 +63,7 @@ test: $(STAMP)
 		--nbval-lax --nbval-current-env --nbval-cell-timeout=900 $(ARGS)
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow tests $(ARGS)
+	$(BIN)/python -m pytest -m slow tests --ignore=tests/rehearsal $(ARGS)
 
 # The paper profile on a hub of our own, offline, with tiny models under the published names
 rehearse: $(STAMP)

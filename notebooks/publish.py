@@ -1,7 +1,8 @@
 """Puts a run's outputs into the notebooks of the checkout: `make publish [RUN=runs/pocket]`.
 
 Code cells get the outputs of the run, the first cell its time and memory, `figures/` its figures,
-the README its row of every notebook and the claims of 06; prose stays as it is. What belongs to the machine stays out: papermill's metadata, stderr.
+the README its row of every notebook and the claims of 06; prose stays as it is. What belongs to the
+machine stays out: papermill's metadata, stderr.
 """
 
 from __future__ import annotations
