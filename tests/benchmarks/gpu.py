@@ -1,8 +1,8 @@
 """How long the paper's steps take on this GPU, with random weights of Qwen3-0.6B's dimensions.
 
-`make bench-gpu ARGS="[--toy] [--engine vllm] [--attention sdpa] [--no-chain]"` writes a JSON file to
-`data/results/gpu/` and prints the table. Speed does not depend on what weights and questions say,
-only on their sizes, so nothing is downloaded. `--toy`: a hundredth of everything, to try it out.
+`make bench-gpu ARGS="[--toy] [--engine vllm] [--attention sdpa] [--no-chain]"` writes a JSON file
+to `data/results/gpu/` and prints the table. Speed does not depend on what weights and questions
+say, only on their sizes, so nothing is downloaded. `--toy`: a hundredth of everything.
 """
 
 from __future__ import annotations
