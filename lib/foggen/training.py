@@ -99,9 +99,7 @@ def sft(job: Job) -> Record:
     encoded = [encode_row(tokenizer, row["messages"], row["target"]) for row in job.rows]
     rows = [row for row in encoded if len(row["input_ids"]) <= longest]
     if not rows:
-        raise TrainingError(
-            f"all {len(encoded)} rows are longer than training.max_length={longest}"
-        )
+        raise TrainingError(f"all {len(encoded)} rows exceed training.max_length={longest}")
     # Training
     trainer = make_trainer(job, tokenizer, rows)
     trainer.remove_callback(PrinterCallback)
@@ -157,9 +155,9 @@ def save(tuned: Any, job: Job, record: Record) -> None:
 
     dtype, config, adapter = tuned.dtype, tuned.peft_config["default"], job.out.with_name("adapter")
     # Equal trainings leave equal files: no path of this machine, and the layers in a fixed order
-    base = (
-        job.settings.edge.model if job.model.name != "model" else f"{job.model.parent.name}/model"
-    )
+    base = job.settings.edge.model
+    if job.model.name == "model":  # a checkpoint of the chain
+        base = f"{job.model.parent.name}/model"
     config.base_model_name_or_path, config.target_modules = base, sorted(config.target_modules)
     # Merged in float32: in bfloat16 most of a small update would round away
     tuned.float().save_pretrained(adapter, save_embedding_layers=False)
