@@ -230,22 +230,21 @@ def round_curves(tables: Mapping[str, pd.DataFrame], title: str) -> Figure:
             axes.plot(domain["round"], domain[column], color=GREY, lw=0.7, alpha=0.6)
         for (name, table), colour in zip(tables.items(), COLOURS, strict=False):
             mean = table[table["domain"] == MEAN]
-            band(axes, mean["round"], mean, column, color=colour, lw=2.4, label=name)
+            if column != "local_accuracy" or table is word:  # it does not depend on the confidence
+                band(axes, mean["round"], mean, column, color=colour, lw=2.4, label=name)
         axes.plot([], [], color=GREY, lw=0.7, label=f"a domain, {next(iter(tables))}")
-        axes.set_title(text)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if "(%)" in text:
-            percent_ticks(axes.yaxis)
-    # The last two panels: how often each word is said, and the legend
-    mean, axes = word[word["domain"] == MEAN], grid[1, 1]
+        label(axes, ylabel=text)
+    # The last two panels: how often each word is said, and the legends
+    mean = word[word["domain"] == MEAN]
     shares = mean.filter(regex=r"^bucket [\d.]+$")
     shades = mpl.colormaps["cividis"](np.linspace(0.05, 0.95, shares.shape[1]))
-    areas = axes.stackplot(mean["round"], shares.T.to_numpy(), colors=shades)
-    axes.set(title="words stated (%)", ylim=(0, 1))
-    percent_ticks(axes.yaxis)
-    axes.legend(areas[::-1], [*BUCKET_TEXTS[::-1]], loc="center left", bbox_to_anchor=(1, 0.5))
+    areas = grid[1, 1].stackplot(mean["round"], shares.T.to_numpy(), colors=shades)
+    label(grid[1, 1], ylabel="words stated (%)", ylim=(0, 1))
     grid[1, 2].axis("off")
-    grid[1, 2].legend(*grid[0, 0].get_legend_handles_labels(), loc="center right")
+    words = grid[1, 2].legend(areas[::-1], [*BUCKET_TEXTS[::-1]], title="word", loc="lower left")
+    grid[1, 2].add_artist(words)
+    grid[1, 2].legend(*grid[0, 1].get_legend_handles_labels(), loc="upper left")
     figure.supxlabel("round")
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     return figure
