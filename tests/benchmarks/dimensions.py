@@ -21,20 +21,21 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))
 from benchmarks.gpu import SIZES, TOY, make_model, make_questions
+from transformers import AutoTokenizer
 
 from foggen.chain import edge_slot
 from foggen.config import Settings, load_profile
 from foggen.engines import Sampling
 from foggen.labels import score_answers
-from foggen.prompts import mcq_messages, target_text
+from foggen.prompts import encode_chat, mcq_messages, target_text
 from foggen.questions import DOMAINS, Question
 from foggen.store import ROOT, peak_memory, progress, write_json
 from foggen.training import Job, train
 
 STEPS = {  # rows
     "load": (0,),
-    "training step, merge and save": (2, 4),
-    "8 samples per question": (2, 4),
+    "training step, merge and save": (1, 2),
+    "8 samples per question": (1, 2),
     "exact scores": (1, 2),
     "reload": (0,),
 }
@@ -62,7 +63,10 @@ def take(step: str, rows: int, model: Path, tuned: Path) -> dict[str, float]:
         train(Job(model=model, rows=taught, settings=settings, out=tuned / "model", seed=0))
     else:
         started = ask(step, settings, questions, model, tuned / "model")
-    return {"seconds": time.process_time() - started, "peak": peak_memory()}
+    taken = {"seconds": time.process_time() - started, "peak": peak_memory()}
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    lengths = [len(encode_chat(tokenizer, mcq_messages(question))) for question in questions]
+    return {"prompt_tokens": sum(lengths), **taken}
 
 
 def ask(

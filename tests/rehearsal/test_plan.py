@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,9 @@ from hub import Fault, Hub, Program
 from repositories import GEMMA, PAPER
 
 from foggen.sources import OPEN_SETS
+from foggen.store import library_versions
 
+VLLM = [name for name in library_versions() if name.startswith("vllm")]
 NEEDED = [
     f"model {PAPER.edge.model}",
     f"model {PAPER.cloud.model}",
@@ -40,7 +41,7 @@ def test_the_plan_lists_downloads_disk_and_memory(
     disk = next(line for line in lines if line.startswith("disk: "))
     memory = next(line for line in lines if line.startswith("vLLM, with about "))
     assert "GB, with a checkpoint per round" in disk and "GB of GPU memory" in memory
-    if find_spec("vllm") is None:
+    if not VLLM:
         assert memory.endswith("install it: make setup-gpu")
     assert not any(word in " ".join(lines) for word in (" min", "minutes", "hours"))
     bodies = [path for method, path in hub.requests if method == "GET" and "/resolve/" in path]
@@ -69,7 +70,7 @@ def test_a_run_that_lacks_something_does_not_begin(
     assert not list((tmp_path / "run").glob("notebooks/*")), "no notebook was run"
 
 
-@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+@pytest.mark.skipif(bool(VLLM), reason="vLLM is installed")
 def test_vllm_is_missed_before_the_first_notebook(
     hub: Hub, program: Program, tmp_path: Path
 ) -> None:
