@@ -226,10 +226,9 @@ def _drawn(
 ) -> Values:
     """{metric: (1 + resamples,)} of one domain's questions, with noise (seeds, 1 + resamples)."""
     places = {s: np.flatnonzero(seeds == s) for s in np.unique(seeds)}
-    chunks = [
-        [statistic(frame.iloc[at], counts[:, at]) for at in places.values()]
-        for counts in _counts(fact_codes(frame), noise.shape[1] - 1, rng)
-    ]
+    parts = [(frame.iloc[at], at) for at in places.values()]
+    resamples = _counts(fact_codes(frame), noise.shape[1] - 1, rng)
+    chunks = [[statistic(part, counts[:, at]) for part, at in parts] for counts in resamples]
     values = {}
     for metric in chunks[0][0]:
         # From chunks of (seeds, resamples): (seeds, 1 + resamples)

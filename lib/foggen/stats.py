@@ -176,10 +176,11 @@ def routed_gain(count: Array, gain: Array, share: ArrayLike | None) -> Array:
 def at_share(
     frame: Frame, counts: Array, score: str = "confidence", share: float | str | None = None
 ) -> Values:
-    """System accuracy and lift (resamples,) where the lowest-scored `share` of questions is routed.
+    """A score as a router, each metric (resamples,), where the lowest-scored `share` is routed.
 
     `share` is a number, the name of a 0/1 column that marks as many questions (counted anew in
-    every resample), or None: the mean over all shares. A constant score has no lift.
+    every resample), or None: the mean over all shares. Beside system accuracy and lift stand AUROC
+    and `area`, the lift's mean over all shares. A constant score has neither.
     """
     local, cloud = correctness(frame)
     count, right, gain = tie_sums(router_score(frame, score), counts, local, cloud - local)
@@ -188,8 +189,10 @@ def at_share(
         routed = means(counts, frame[share])
     else:
         routed = np.full(len(counts), 0.5 if share is None else share)
-    gained = routed_gain(count, gain, None if share is None else routed)
-    return {"share": routed, "sysacc": raw + gained, "lift": gained - routed * gap}
+    everywhere = routed_gain(count, gain, None)
+    gained = everywhere if share is None else routed_gain(count, gain, routed)
+    values = {"share": routed, "sysacc": raw + gained, "lift": gained - routed * gap}
+    return values | {"auroc": auroc(count, right), "area": everywhere - gap / 2}
 
 
 def system(frame: Frame, counts: Array, routed: Array) -> Values:
@@ -213,19 +216,15 @@ def system(frame: Frame, counts: Array, routed: Array) -> Values:
 def score_table(
     outcomes: Frame, scores: Sequence[str], share: float | str, **options: int
 ) -> Frame:
-    """Score columns as routers at one cloud share: `at_share`, AUROC, and their differences.
+    """Score columns as routers at one cloud share: `at_share`, and differences in SysAcc.
 
-    `area` is the mean lift over all shares, `difference` the SysAcc of the first score minus this
-    score's, paired; p_holm is Holm's over domains x scores, and over scores for the mean rows (none
-    for the first score itself).
+    `difference` is the first score minus this one, paired; p_holm is Holm's over domains x scores,
+    and over scores for the mean rows (none for the first score itself).
     """
-
-    def statistic(frame: Frame, counts: Array, score: str) -> Values:
-        sums = tie_sums(router_score(frame, score), counts, frame["local_correct"])
-        more = {"auroc": auroc(*sums), "area": at_share(frame, counts, score)["lift"]}
-        return at_share(frame, counts, score, share) | more
-
-    runs = {s: bootstrap(outcomes, partial(statistic, score=s), **options) for s in scores}
+    runs = {
+        score: bootstrap(outcomes, partial(at_share, score=score, share=share), **options)
+        for score in scores
+    }
     for run in runs.values():
         run.values["difference"] = runs[scores[0]].values["sysacc"] - run.values["sysacc"]
     table = stack({score: run.table() for score, run in runs.items()}, "score")
