@@ -64,6 +64,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkout:
     for variable in (RUN_VARIABLE, LOCK_VARIABLE, "TQDM_DISABLE"):
         monkeypatch.setenv(variable, "")  # restores what the runner sets for its kernels
         monkeypatch.delenv(variable)
+    monkeypatch.setattr(reproduce.store, "code_hash", lambda _: "this code")
     return Checkout(tmp_path)
 
 
@@ -117,6 +118,20 @@ def test_a_broken_record_means_to_do(checkout: Checkout, broken: str) -> None:
         (checkout.run / name).write_bytes(record)
     plan = reproduce.make_plan(load_profile("pocket"), checkout.run, checkout.notebooks)
     assert [plan.state(notebook) for notebook in plan.keys] == ["to do"]
+
+
+def test_other_code_of_the_library_is_a_change(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkout.notebook("01_first")
+    assert checkout.reproduce() == 0
+    (key,) = reproduce.make_plan(
+        load_profile("pocket"), checkout.run, checkout.notebooks
+    ).keys.values()
+    assert key == checkout.done("01_first")["key"]
+    monkeypatch.setattr(reproduce.store, "code_hash", lambda _: "other code")
+    plan = reproduce.make_plan(load_profile("pocket"), checkout.run, checkout.notebooks)
+    assert [plan.state(notebook) for notebook in plan.keys] == ["changed"]
 
 
 def test_a_run_over_broken_records(checkout: Checkout) -> None:

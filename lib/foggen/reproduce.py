@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import logging
 import os
 import shutil
 import sys
@@ -173,6 +174,7 @@ def execute(plan: Plan, notebook: Path, given: Mapping[str, Any]) -> None:
     # With no parameter changed papermill adds no cell, and the outputs can be published.
     defaults = papermill.inspect_notebook(str(notebook))
     changed = {k: v for k, v in given.items() if ast.literal_eval(defaults[k]["default"]) != v}
+    logging.getLogger("asyncio").setLevel("CRITICAL")  # tasks that an interrupt leaves behind
     plan.sentinel(notebook).unlink(missing_ok=True)
     plan.executed(notebook).parent.mkdir(exist_ok=True)
     started = time.time()
