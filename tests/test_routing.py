@@ -313,12 +313,12 @@ def test_degenerate_values() -> None:
     tables = {
         name: routing.routing_table(frame, resamples=50) for name, frame in degenerate().items()
     }
-    found = {name: table.iloc[-1] for name, table in tables.items()}
+    result = {name: table.iloc[-1] for name, table in tables.items()}
     for name, same in (("all routed", "cloud"), ("none routed", "raw")):
-        assert found[name]["sysacc"] == pytest.approx(found[name][same], abs=1e-12)
-        assert found[name]["lift"] == 0
-    assert found["never parsed"]["routed"] == 1 and found["none routed"]["routed"] == 0
-    assert "gap_recovered: the cloud is no better" in found["cloud worse"]["note"]
+        assert result[name]["sysacc"] == pytest.approx(result[name][same], abs=1e-12)
+        assert result[name]["lift"] == 0
+    assert result["never parsed"]["routed"] == 1 and result["none routed"]["routed"] == 0
+    assert "gap_recovered: the cloud is no better" in result["cloud worse"]["note"]
     assert tables["a domain empty"]["note"][2] == "no questions"
 
 
@@ -356,7 +356,7 @@ def test_a_budget_says_how_far_it_is_overrun() -> None:
     ]
     excess = np.mean([max(choice.tau - 0.4, 0) for choice in choices])
     assert np.mean([choice.overrun for choice in choices]) == pytest.approx(excess, abs=0.004)
-    assert excess > 0.002 and f"{choices[0].overrun:+.3f}" in choices[0].reason
+    assert excess > 0.002 and f"{choices[0].overrun:.3f}" in choices[0].reason
 
 
 def test_tau_for_a_risk() -> None:

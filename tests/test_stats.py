@@ -46,12 +46,12 @@ def mean_row(table: pd.DataFrame) -> pd.Series:
 def test_auroc_is_scikit_learns_on_the_repeated_rows(questions: list) -> None:
     score, local, _, counts = columns(questions)
     times = counts[0].astype(int)
-    found = stats.auroc(*stats.tie_sums(score, counts, local))[0]
+    result = stats.auroc(*stats.tie_sums(score, counts, local))[0]
     if 0 < local.sum() < len(local):
         expected = roc_auc_score(np.repeat(local, times), np.repeat(score, times))
-        assert found == pytest.approx(expected)
+        assert result == pytest.approx(expected)
     else:
-        assert np.isnan(found)
+        assert np.isnan(result)
 
 
 @given(
@@ -73,22 +73,25 @@ def test_aurc_is_the_mean_over_all_orders_of_tied_answers(rows: list) -> None:
 def test_calibration_by_hand() -> None:
     frame = pd.DataFrame({"id": list("abcde"), "confidence": [0.5, 0.5, 1.0, 1.0, np.nan]})
     frame["local_correct"] = [1.0, 0, 1, 0, 0]
-    found = {name: v[0] for name, v in stats.calibration(frame, np.ones((1, 5))).items()}
-    assert found["ece_bucket"] == pytest.approx(0.25)  # half the answers at a gap of 0, half at .5
-    assert found["brier"] == pytest.approx((0.25 + 0.25 + 0 + 1) / 4)
-    assert (found["parsed"], found["local_accuracy"], found["mean_confidence"]) == (0.8, 0.4, 0.75)
-    assert found["auroc"] == pytest.approx(4 / 6)  # the unparsed answer is below all others
+    result = {name: v[0] for name, v in stats.calibration(frame, np.ones((1, 5))).items()}
+    assert result["ece_bucket"] == pytest.approx(0.25)  # half the answers at a gap of 0, half at .5
+    assert result["brier"] == pytest.approx((0.25 + 0.25 + 0 + 1) / 4)
+    assert (result["parsed"], result["local_accuracy"], result["mean_confidence"]) == (
+        0.8,
+        0.4,
+        0.75,
+    )
+    assert result["auroc"] == pytest.approx(4 / 6)  # the unparsed answer is below all others
 
 
 def test_the_debiased_ece_is_nearer_to_the_truth() -> None:
     rng = np.random.default_rng(0)
-    stated, one_each = rng.choice(LEVELS[1:4], 200), np.ones((1, 200))
+    stated, once = rng.choice(LEVELS[1:4], 200), np.ones((1, 200))
     bins, codes = stats.buckets(stated), np.arange(200)
-    found = [
-        stats.ece(stated, (rng.random(200) < stated) * 1.0, one_each, bins, codes)
-        for _ in range(300)
+    result = [
+        stats.ece(stated, (rng.random(200) < stated) * 1.0, once, bins, codes) for _ in range(300)
     ]
-    plain, debiased = np.mean(found, axis=0).ravel()
+    plain, debiased = np.mean(result, axis=0).ravel()
     assert 0 < debiased < 0.65 * plain  # the truth is 0
 
 
@@ -164,8 +167,8 @@ def test_the_area_is_the_mean_lift_and_no_router_beats_the_oracle(
     lines = [at_share(frame, counts, "score", s) for s in at]
     for name in ("sysacc", "lift"):
         line = [values[name][0] for values in lines]
-        found = at_share(frame, counts, "score", None)[name][0]
-        assert found == pytest.approx(np.trapezoid(line, at), abs=1e-9)
+        result = at_share(frame, counts, "score", None)[name][0]
+        assert result == pytest.approx(np.trapezoid(line, at), abs=1e-9)
     best = at_share(frame.assign(score=local - cloud), counts, "score", share)["sysacc"][0]
     assert at_share(frame, counts, "score", share)["sysacc"][0] <= best + 1e-9
 
@@ -186,8 +189,8 @@ def test_scores_are_compared_at_one_share() -> None:
     single = mean_row(stats.score_table(outcomes, ["confidence"], 0.3, resamples=20))
     curve = stats.share_curve(outcomes.assign(domain="all"), resamples=20)
     assert single["area"] > 0.03 and np.isnan(single["p_holm"])
-    one_domain = stats.score_table(outcomes.assign(domain="all"), ["confidence"], 0.3, resamples=20)
-    assert one_domain["lift"][0] == pytest.approx(np.interp(0.3, curve["share"], curve["lift"]))
+    pooled = stats.score_table(outcomes.assign(domain="all"), ["confidence"], 0.3, resamples=20)
+    assert pooled["lift"][0] == pytest.approx(np.interp(0.3, curve["share"], curve["lift"]))
 
 
 @pytest.mark.parametrize("score", ["confidence", "expected_confidence"])
@@ -337,8 +340,8 @@ def test_checkpoints_are_paired_by_question() -> None:
     values = [run.values["sysacc"][-1] for run in runs]
     assert table["difference"] == values[0][0] - values[1][0] == table["after"] - table["before"]
     drawn = np.quantile(values[0][1:] - values[1][1:], [0.025, 0.975])
-    found = table[["difference_low", "difference_high"]].to_numpy(float)
-    np.testing.assert_allclose(found, drawn, atol=6e-3)  # but for the t quantile of 80 facts
+    result = table[["difference_low", "difference_high"]].to_numpy(float)
+    np.testing.assert_allclose(result, drawn, atol=6e-3)  # but for the t quantile of 80 facts
     other = bootstrap(before.iloc[::-1], partial(at_share, **options), 400)
     with pytest.raises(ValueError, match="same questions and seeds in the same order"):
         paired_table({"after": runs[0], "before": other}, "sysacc")

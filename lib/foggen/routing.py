@@ -224,8 +224,9 @@ def choose_tau(
     overrun = 0.0
     if max_risk is None:
         table = _candidates(outcomes, sorted(candidates), score)
-        best, overrun = _within_budget(outcomes, table, score, float(max_cloud_share or 0), seed)
-        reason = f"most accurate with cloud share <= {max_cloud_share}, elsewhere {overrun:+.3f}"
+        budget = float(max_cloud_share or 0)
+        best, overrun = _within_budget(outcomes, table, score, budget, seed)
+        reason = f"most accurate with cloud share <= {budget:g} here; elsewhere {overrun:.3f} more"
     else:
         outcomes = _independent(outcomes, seed)
         table = _candidates(outcomes, [*sorted(candidates), math.inf], score)
@@ -254,9 +255,8 @@ def _within_budget(
     """The place of the most accurate candidate, and the mean overrun of choices on resamples."""
     local, cloud = (values[:, None] for values in stats.correctness(outcomes))
     keep = outcomes[score].to_numpy(float)[:, None] >= table["tau"].to_numpy()
-    counts = resampling.draw_counts(
-        resampling.fact_codes(outcomes), 1000, np.random.default_rng(seed)
-    )
+    codes, rng = resampling.fact_codes(outcomes), np.random.default_rng(seed)
+    counts = resampling.draw_counts(codes, 200, rng)
     counts = np.vstack([np.ones((1, len(outcomes))), counts])  # the outcomes themselves first
     accuracy, share = means(counts, np.where(keep, local, cloud)), means(counts, ~keep)
     if share[0].min() > budget:
