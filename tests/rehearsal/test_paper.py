@@ -66,7 +66,8 @@ def check(found: dict[str, Any]) -> None:
     assert len(table) == 14 and {row["domain"] for row in table} == set(PAPER.domains)
     for row in table:
         assert 0 <= row["expected_confidence"] <= 1 and 0 < row["option_probability"] <= 1
-        assert len(row["votes"]) == len(row["verification"]) == 2 and row["cloud_failed"] == 0
+        assert len(row["votes"]) == 2 and 0 <= row["verification"] <= 1
+        assert row["cloud_failed"] == 0
     assert {row["domain"] for row in found["routing"]} >= set(PAPER.domains)
     # The branch: new and replayed rows; two texts per task
     assert found["r15"]["old"] == 4 and found["r15"]["sft"]["rows"] == found["r15"]["new"] + 4
