@@ -49,13 +49,14 @@ class Server:
             self.process = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=log, start_new_session=True
             )
-        end = time.monotonic() + 400
+        end = time.monotonic() + 900
         while time.monotonic() < end and self.process.poll() is None:
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2).close()
                 return
             except OSError:
                 time.sleep(1)
+        self.kill()
         raise RuntimeError(f"vllm serve did not start:\n{self.log.read_text()[-3000:]}")
 
     def kill(self) -> None:
