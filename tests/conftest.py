@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,16 @@ hypothesis.settings.register_profile("search", deadline=None)
 hypothesis.settings.load_profile("same")
 
 
-@pytest.fixture(autouse=True)
-def no_run_of_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run folder that `make test` sets for the notebooks is not the unit tests'."""
-    for variable in (RUN_VARIABLE, LOCK_VARIABLE):
-        monkeypatch.delenv(variable, raising=False)
+@pytest.fixture(autouse=True, scope="module")
+def no_run_of_the_callers() -> Iterator[None]:
+    """The run folder that `make test` sets for the notebooks is not the unit tests'.
+
+    Set before every fixture of a module, since some of them start runs in processes of their own.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in (RUN_VARIABLE, LOCK_VARIABLE):
+            patch.delenv(variable, raising=False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from importlib.metadata import distributions, packages_distributions, version
 from pathlib import Path
@@ -96,7 +97,8 @@ def test_the_installed_versions_are_the_locked_ones() -> None:
     locked = constraints()
     assert {"torch", "pytest"} <= set(locked)
     assert [version(pin.split("==")[0]) for pin in [*PINS, *EXTRAS["dev"]]]
-    for found in distributions():
+    # Of the environment alone: setuptools puts packages of its own on the path once it is imported
+    for found in distributions(path=[sysconfig.get_path("purelib")]):
         name = normal(found.metadata["Name"])
         if name in locked and name != "setuptools":  # which a virtual environment brings
             assert found.version.split("+")[0] == locked[name], f"{name}: run make setup"
