@@ -32,6 +32,7 @@ include_patterns = [
 
 # Markdown as GitHub reads it, and the notebooks' own outputs
 nb_execution_mode = "off"
+nb_render_markdown_format = "myst"  # links and formulas in outputs, too
 nb_ipywidgets_js: dict[str, Any] = {}  # would come from the network, and need a kernel to move
 nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
 myst_enable_extensions = ["dollarmath"]
