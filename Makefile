@@ -68,6 +68,7 @@ book: $(BOOK_STAMP)
 	@echo 'build/book/index.html'
 
 lab: $(STAMP)
+	@echo 'JupyterLab saves what you run into notebooks/; git checkout notebooks brings the published outputs back.'
 	$(BIN)/jupyter lab notebooks $(ARGS)
 
 # The unit tests, then the notebooks from top to bottom in a run folder of their own; one closing line counts both.
