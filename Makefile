@@ -1,6 +1,7 @@
 # make reproduce [PROFILE=pocket] [RUN=runs/pocket] [SEED=0] [QUESTIONS=path] [ARGS="-p rounds=7"]   resumes where it stopped
 # make plan      the same options: what would be run, downloaded and needed; creates nothing
 # make report OUTCOMES=file    notebook 07 on an outcomes file of your own, as runs/report/07_your_outcomes.html
+# make book      README, notebooks and docs as a static site, from the committed outputs: build/book/index.html
 # make lab | publish (a run's outputs into the notebooks) | setup | setup-gpu (adds vLLM) | clean (environments, caches) | clean-runs (runs; asks first)
 # make test | test-slow | test-vllm | rehearse | lint | lock | bank | pocket | pocket-check | bench | bench-gpu | bench-equality
 # Every target makes its own virtual environment first; PYTHON names the interpreter it is made with.
@@ -17,7 +18,7 @@ PIP := -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),-
 quoted = '$(subst ','\'',$(value $(1)))'
 option = $(if $(value $(2)),$(1)$(call quoted,$(2)))
 
-.PHONY: setup setup-gpu reproduce plan publish report lab test test-slow rehearse lint lock clean clean-runs \
+.PHONY: setup setup-gpu reproduce plan publish report lab book test test-slow rehearse lint lock clean clean-runs \
 	bank pocket pocket-check bench bench-gpu
 .NOTPARALLEL:
 
@@ -53,7 +54,21 @@ report: $(STAMP)
 publish: $(STAMP)
 	$(BIN)/python notebooks/publish.py $(if $(value RUN),$(call quoted,RUN))
 
+# Runs no notebook. What Sphinx needs is kept apart from what the results were made with.
+BOOK_STAMP := .venv-book/.pinned
+BOOK_PINS = $$(sed -n 's/^book = \[\(.*\)\].*/\1/p' pyproject.toml | tr -d '",')
+
+$(BOOK_STAMP): pyproject.toml constraints.txt
+	test -x .venv-book/bin/pip || $(PYTHON) -m venv .venv-book
+	.venv-book/bin/python -m pip install --quiet --constraint constraints.txt $(BOOK_PINS)
+	touch $@
+
+book: $(BOOK_STAMP)
+	.venv-book/bin/sphinx-build -q -E -W --keep-going -c docs/book -b html . build/book $(ARGS)
+	@echo 'build/book/index.html'
+
 lab: $(STAMP)
+	@echo 'JupyterLab saves what you run into notebooks/; git checkout notebooks brings the published outputs back.'
 	$(BIN)/jupyter lab notebooks $(ARGS)
 
 # The unit tests, then the notebooks from top to bottom in a run folder of their own; one closing line counts both.
@@ -79,7 +94,7 @@ lock: $(STAMP)
 		| sed 's/ ;.*//' > constraints.txt
 
 clean:
-	rm -rf .venv .venv-vllm build .pytest_cache .mypy_cache .ruff_cache .hypothesis lib/*.egg-info
+	rm -rf .venv .venv-book .venv-vllm build .pytest_cache .mypy_cache .ruff_cache .hypothesis lib/*.egg-info
 	find . -name runs -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 clean-runs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -169,13 +170,18 @@ class TestPublishedFiles:
 # ---- the report
 
 
-def report(folder: Path, outcomes: pd.DataFrame) -> tuple[int, str, str]:
-    """Exit status, stderr, and the texts that the notebook shows for a file of outcomes."""
+def report(folder: Path, outcomes: pd.DataFrame, **more: str) -> tuple[int, str, str]:
+    """Exit status, stderr, and the texts that the notebook shows for a file of outcomes.
+
+    `more` are other parameters of the notebook.
+    """
     (folder / "notebooks").mkdir()
     file, made = folder / "mine.csv", folder / "notebooks" / "out.ipynb"
     outcomes.to_csv(file, index=False)
-    given = ["-r", "run", str(folder / "run"), "-r", "outcomes", str(file), "--no-progress-bar"]
-    command = [sys.executable, "-m", "papermill", str(NOTEBOOK), str(made), *given]
+    values = {"run": str(folder / "run"), "outcomes": str(file), **more}
+    given = [word for name, value in values.items() for word in ("-r", name, value)]
+    options = [str(NOTEBOOK), str(made), *given, "--no-progress-bar"]
+    command = [sys.executable, "-m", "papermill", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     texts = []
     for cell in nbformat.read(made, as_version=4).cells:
@@ -208,6 +214,21 @@ class TestReport:
         code, error, text = report(tmp_path, outcomes)
         assert code == 0, error
         assert "nothing here says how sure" in text and "read the rows of all questions" in text
+
+    def test_a_second_file_and_a_column_of_groups(self, tmp_path: Path) -> None:
+        """And a threshold that keeps everything: the two are compared at half of the questions."""
+        outcomes = make_outcomes(60).assign(confidence=lambda frame: 0.5 + frame["confidence"] / 2)
+        outcomes["customer"] = np.where(np.arange(len(outcomes)) % 2, "odd", "even")
+        other = tmp_path / "other.csv"
+        outcomes.assign(local_correct=0).to_csv(other, index=False)
+        code, error, text = report(tmp_path, outcomes, other=str(other), stratum="customer")
+        assert code == 0, error
+        assert "the threshold decides nothing" in text and "50% to the cloud" in text
+        assert f"B: {other}" in text and re.search(r"customer.*\neven +90 ", text, flags=re.DOTALL)
+
+    def test_an_unknown_column_of_groups_is_refused(self, tmp_path: Path) -> None:
+        code, error, _ = report(tmp_path, make_outcomes(5), stratum="costumer")
+        assert code != 0 and "mine.csv has no column `costumer`" in error
 
     def test_a_bad_file_is_refused(self, tmp_path: Path) -> None:
         code, error, _ = report(tmp_path, make_outcomes(5).assign(confidence=3))
