@@ -3,7 +3,7 @@
 # make report OUTCOMES=file    notebook 07 on an outcomes file of your own, as runs/report/07_your_outcomes.html
 # make book      README, notebooks and docs as a static site, from the committed outputs: build/book/index.html
 # make lab | publish (a run's outputs into the notebooks) | setup | setup-gpu (adds vLLM) | clean (environments, caches) | clean-runs (runs; asks first)
-# make test | test-slow | test-vllm | rehearse | lint | lock | bank | pocket | pocket-check | bench | bench-gpu | bench-equality
+# make test | test-slow | test-vllm | rehearse | lint | lock | bank | pocket | pocket-check | study | bench | bench-gpu | bench-equality
 # Every target makes its own virtual environment first; PYTHON names the interpreter it is made with.
 # On a Linux laptop without a GPU: TORCH_INDEX=https://download.pytorch.org/whl/cpu spares gigabytes of CUDA packages.
 
@@ -19,7 +19,7 @@ quoted = '$(subst ','\'',$(value $(1)))'
 option = $(if $(value $(2)),$(1)$(call quoted,$(2)))
 
 .PHONY: setup setup-gpu reproduce plan publish report lab book test test-slow rehearse lint lock clean clean-runs \
-	bank pocket pocket-check bench bench-gpu
+	bank pocket pocket-check study bench bench-gpu
 .NOTPARALLEL:
 
 setup: $(STAMP)
@@ -71,11 +71,12 @@ lab: $(STAMP)
 	@echo 'JupyterLab saves what you run into notebooks/; git checkout notebooks brings the published outputs back.'
 	$(BIN)/jupyter lab notebooks $(ARGS)
 
-# The unit tests, then the notebooks from top to bottom in a run folder of their own; one closing line counts both.
+# The unit tests in one process, the notebooks from top to bottom in a run folder of their own in another; one
+# closing line counts both.
 test: $(STAMP)
 	rm -rf $(TEST_RUN)
 	FOGGEN_RUN=$(TEST_RUN) $(BIN)/python -m pytest tests $(if $(wildcard notebooks/*.ipynb),notebooks) \
-		--nbval-lax --nbval-current-env --nbval-cell-timeout=900 $(ARGS)
+		--nbval-lax --nbval-current-env --nbval-cell-timeout=900 -n 2 --dist loadgroup $(ARGS)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow tests --ignore=tests/rehearsal $(ARGS)
@@ -112,6 +113,10 @@ pocket: $(STAMP)
 
 pocket-check: $(STAMP)
 	$(BIN)/python data/pocket/make_pocket.py --check $(ARGS)
+
+# Every chain of the stored study again, in runs/study; ARGS="--processes 2 --only foggen=1" for some of them
+study: $(STAMP)
+	$(BIN)/python data/results/make_study.py $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/cpu.py $(ARGS)
