@@ -18,7 +18,8 @@ from foggen.store import LOCK_VARIABLE, ROOT, RUN_VARIABLE
 # for `import make_bank` and `import make_pocket`; `benchmarks` is found beside this file
 sys.path += [str(ROOT / "data" / "bank"), str(ROOT / "data" / "pocket")]
 
-# The same examples at every run, and no judging by the clock; `--hypothesis-profile=search` looks for new ones.
+# The same examples at every run, and no judging by the clock; `--hypothesis-profile=search` draws
+# new ones.
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None, database=None)
 hypothesis.settings.register_profile("search", deadline=None)
 hypothesis.settings.load_profile("same")
