@@ -406,7 +406,6 @@ def test_the_risk_bound_fails_at_most_delta_of_the_time(max_risk: float, true_sa
 def test_votes() -> None:
     frame = pd.DataFrame({"votes": ["AAAB", "----", "ABCD"], "local_answer": ["B", "A", None]})
     assert routing.vote_share(frame).tolist() == [0.25, 0, 0]
-    assert routing.vote_share(frame[["votes"]]).tolist() == [0.75, 0, 0.25]
 
 
 def test_text_router() -> None:

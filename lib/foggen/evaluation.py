@@ -23,7 +23,7 @@ from foggen.engines import NOTHING, Engine, EngineSlot, Sampling, make_engine
 from foggen.inputs import model_folder
 from foggen.labels import Questions
 from foggen.questions import OpenQuestion, Question, subset
-from foggen.store import ROOT, Run, digest, progress, read_json
+from foggen.store import ROOT, Run, digest, progress, read_record
 
 MODEL = ("engine", "engine_options", "dtype")  # what every answer of a checkpoint depends on
 CLOUD = ("cloud", "dtype")
@@ -261,10 +261,8 @@ def study_tables(settings: Settings) -> dict[str, Table] | None:
     None where the settings, but for the seed, are not those that the study was made with.
     """
     folder = ROOT / "data" / "results" / settings.name
-    if not (folder / "study.json").is_file():
-        return None
+    stored = read_record(folder / "study.json").get("settings", {})
     recipe = settings.model_dump(mode="json", exclude={"seed", "seeds"})
-    stored = read_json(folder / "study.json")["settings"]
     if any(stored.get(name) != value for name, value in recipe.items()):
         return None
     return {file.stem: pd.read_parquet(file) for file in sorted(folder.glob("*.parquet"))}

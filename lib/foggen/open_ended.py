@@ -274,11 +274,11 @@ def r15_rows(
     """
     rows: list[SftRow] = []
     counts = {task: Counter(dict.fromkeys(COUNTS, 0)) for task in TASKS}
-    limits, wanted = settings.open_ended.max_new_tokens, settings.open_ended.r15
+    limits, sizes = settings.open_ended.max_new_tokens, settings.open_ended.r15
     sampled = ask(engine, questions, limits.model_dump(), recipe_sampling(settings, seed))
     for question, samples in zip(questions, sampled, strict=True):
         row, count = open_row(question, samples, settings), counts[question.task]
-        full = count["rows"] >= getattr(wanted, question.task)
+        full = count["rows"] >= getattr(sizes, question.task)
         fate = "no_trace" if row is None else "surplus" if full else "rows"
         if row and fate == "rows":
             rows.append(row)

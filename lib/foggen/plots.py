@@ -135,15 +135,15 @@ def reliability(outcomes: pd.DataFrame, columns: Mapping[str, str], title: str) 
     figure, axes = plt.subplots(figsize=(6.4, 4.8))
     axes.plot([0, 1], [0, 1], color=GREY, ls="--", lw=1.2, label="perfectly calibrated")
     for (column, name), colour in zip(columns.items(), COLOURS, strict=False):
-        known = outcomes[outcomes[column].notna()]
-        groups = known.groupby(stats.buckets(known[column].to_numpy(float)))
+        stated = outcomes[outcomes[column].notna()]
+        groups = stated.groupby(stats.buckets(stated[column].to_numpy(float)))
         n, x, rate = groups.size(), groups[column].mean(), groups["local_correct"].mean()
         low, high = proportion_confint(rate * n, n, method="jeffreys")
         lengths = np.clip([rate - low, high - rate], 0, None)
         axes.errorbar(x, rate, lengths, fmt="none", color=colour, capsize=3, lw=1.2)
         axes.scatter(x, rate, 600 * n / len(outcomes), color=colour, alpha=0.75, label=name)
-    stated = f"confidence (%), {len(outcomes):,} questions"
-    label(axes, xlabel=stated, ylabel="answers right (%)", title=title)
+    xlabel = f"confidence (%), {len(outcomes):,} questions"
+    label(axes, xlabel=xlabel, ylabel="answers right (%)", title=title)
     axes.set(xlim=(-0.05, 1.1), ylim=(-0.02, 1.02))
     axes.legend(loc="upper left")
     return figure
@@ -155,8 +155,8 @@ def confidence_histogram(
     """Questions at each confidence, right and wrong apart; unparsed answers have their own bar."""
     figure, axes = plt.subplots()
     score, right = router_score(outcomes, column), outcomes["local_correct"].to_numpy(float)
-    few = len(np.unique(score[score >= 0])) <= len(BUCKETS)
-    edges = np.linspace(-0.125, 1.125, 6) if few else np.linspace(0, 1, 21)
+    in_buckets = len(np.unique(score[score >= 0])) <= len(BUCKETS)
+    edges = np.linspace(-0.125, 1.125, 6) if in_buckets else np.linspace(0, 1, 21)
     width, centres = np.diff(edges)[0], (edges[:-1] + edges[1:]) / 2
     kinds = ((-1, right, "right", BLUE), (1, 1 - right, "wrong", ORANGE))
     for side, weights, kind, colour in kinds:

@@ -114,14 +114,14 @@ class OpenQuestion(BaseModel, frozen=True, extra="ignore", coerce_numbers_to_str
     def _public_fields(cls, row: dict[str, Any]) -> dict[str, Any]:
         """The fields of SQuAD, TruthfulQA and GSM8K are read too."""
         answer = row.get("answer")
-        known = {"answers": answer, "fact": row.get("title")}
+        fields = {"answers": answer, "fact": row.get("title")}
         if "correct_answers" in row:
-            known["answers"] = [row.get("best_answer"), *_texts(row["correct_answers"])]
-            known["incorrect"] = row.get("incorrect_answers")
+            fields["answers"] = [row.get("best_answer"), *_texts(row["correct_answers"])]
+            fields["incorrect"] = row.get("incorrect_answers")
         if "####" in str(answer):
             solution, _, number = str(answer).rpartition("####")
-            known |= {"solution": solution.strip(), "answers": number.strip()}
-        return known | row
+            fields |= {"solution": solution.strip(), "answers": number.strip()}
+        return fields | row
 
 
 def load_questions(
@@ -191,10 +191,10 @@ def draw_balanced(pool: Questions, n: int, domains: Sequence[str], seed: int) ->
     domain would be drawn, and with them the same gold letters.
     """
     groups = by_domain(pool)
-    share, more = divmod(n, len(domains))
+    share, rest = divmod(n, len(domains))
     drawn = []
     for place, domain in enumerate(domains):
-        drawn += draw(groups.get(domain, []), share + (place < more), f"{seed}/{domain}")
+        drawn += draw(groups.get(domain, []), share + (place < rest), f"{seed}/{domain}")
     return drawn
 
 
@@ -247,8 +247,8 @@ def _held_out(parts: Parts) -> Parts:
     for split in ("test", "dev", "train"):
         marks = [{question.fact_key, _text(question)} for question in parts[split]]
         apart = [q for q, mark in zip(parts[split], marks, strict=True) if not mark & seen]
-        if left := len(marks) - len(apart):
-            progress(f"  {left} questions left out of {split}: held-out splits have them too")
+        if shared := len(marks) - len(apart):
+            progress(f"  {shared} questions left out of {split}: held-out splits have them too")
         parts[split] = apart
         seen = seen.union(*marks)
     return parts
@@ -260,9 +260,9 @@ def _text(question: Question) -> str:
     return digest([normalised(question.context), normalised(question.question), options])
 
 
-def _from_sources(given: Sequence[Source]) -> Parts:
+def _from_sources(entries: Sequence[Source]) -> Parts:
     parts: Parts = {split: [] for split in SHARES}
-    for source in given:
+    for source in entries:
         for split, group in _roles(source.use, load_source(source)).items():
             parts[split] += group
     counts = Counter(question.id for group in parts.values() for question in group)

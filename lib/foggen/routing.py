@@ -278,11 +278,11 @@ def _independent(outcomes: Frame, seed: int) -> Frame:
 
 
 def vote_share(outcomes: Frame) -> Array:
-    """Self-consistency: the share of votes for the local answer, or else for the commonest."""
-    commonest = [max(set(v) - {"-"}, key=v.count, default="") for v in outcomes["votes"]]
-    answers = outcomes["local_answer"].fillna("") if "local_answer" in outcomes else commonest
-    pairs = zip(outcomes["votes"], answers, strict=True)
-    return np.array([v.count(answer) / len(v) if answer else 0.0 for v, answer in pairs])
+    """Self-consistency: the share of the sampled votes for the local answer; 0 without one."""
+    pairs = zip(outcomes["votes"], outcomes["local_answer"].fillna(""), strict=True)
+    return np.array(
+        [votes.count(letter) / len(votes) if letter else 0.0 for votes, letter in pairs]
+    )
 
 
 def text_router(train: Frame, test: Frame, numbers: Sequence[str] = ()) -> Array:
@@ -317,7 +317,7 @@ def published(name: str = "fg") -> Frame:
     return table
 
 
-def percent(table: Frame, names: Mapping[str, str] | None = None, digits: int = 1) -> Frame:
+def percent(table: Frame, names: Mapping[str, str] | None = None) -> Frame:
     """For display: shares as percent with their intervals, `57.0 [55.1, 58.9]`, - for NaN.
 
     AUROC, AURC, ECE, Brier score and dIBC stay numbers from 0 to 1, tau and p as they are.
@@ -326,7 +326,7 @@ def percent(table: Frame, names: Mapping[str, str] | None = None, digits: int = 
     shown = table[[name for name in table if not name.endswith(("_low", "_high"))]].copy()
     for name, values in shown.select_dtypes("float").items():
         sign = "+" if name in ("lift", "area", "difference") else ""
-        scale, form = 100, f"{{:{sign}z.{digits}f}}"
+        scale, form = 100, f"{{:{sign}z.1f}}"
         if name in ("tau", "p", "p_holm"):
             scale, form = 1, "{:.3g}"
         elif name.startswith(("auroc", "aurc", "ece", "brier", "dibc")):
