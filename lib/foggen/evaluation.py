@@ -178,13 +178,10 @@ def p_true(engine: Engine, questions: Questions, letters: Sequence[str | None]) 
 def votes(run: Run, edge: EngineSlot, questions: Questions, model: Path, name: str) -> Table:
     """The letters of the recipe's samples, one per sample, and the tokens that they took."""
     seed = derive_seed(run.settings.seed, name.partition("-")[0], "votes")
-
-    def ask(engine: Engine) -> Rows:
-        samples = labels.sample_answers(engine, questions, run.settings, seed)
-        return [{"votes": s["votes"], "sample_tokens": s["tokens"]} for s in samples]
-
+    ask = partial(labels.sample_answers, questions=questions, settings=run.settings, seed=seed)
     key = stage_key(run.settings, questions, *DRAWN, seed=seed)
-    return Table(stage(run, edge, model, f"{name}-votes", key, ask, labels))
+    samples = Table(stage(run, edge, model, f"{name}-votes", key, ask, labels))
+    return samples[["votes", "tokens"]].rename(columns={"tokens": "sample_tokens"})
 
 
 def verifications(

@@ -29,6 +29,8 @@ from foggen.store import ROOT, read_json
 
 # ---- the outcomes table
 
+OutcomesError = TableError  # a file or a value that cannot be used: the message names its place
+
 
 def _number(value: Any) -> Any:
     """Blank texts and NaN are missing, true and false are 1 and 0; pydantic reads the rest."""
@@ -73,19 +75,12 @@ class Outcome(BaseModel, extra="allow", allow_inf_nan=False, regex_engine="pytho
     fact: Fact = Field(None, description="a name")  # its questions are resampled together
 
 
-class OutcomesError(ValueError):
-    """An outcomes table that cannot be used; the message names file, row, column and form."""
-
-
 def read_outcomes(path: Path | str, scores: Sequence[str] = ()) -> Frame:
     """Read and check outcomes from a .csv, .jsonl or .parquet file; raises `OutcomesError`.
 
     `scores` names further columns to rank by: numbers from 0 to 1, or empty.
     """
-    try:
-        return _checked(read_rows(path), str(path), scores)
-    except TableError as error:
-        raise OutcomesError(str(error)) from error
+    return _checked(read_rows(path), str(path), scores)
 
 
 def check_outcomes(outcomes: Frame, source: str = "outcomes", scores: Sequence[str] = ()) -> Frame:
