@@ -131,10 +131,10 @@ class Bootstrap:
         table = np.array([quantile_interval(row, n, level, centre) for row, n in rows])
         if metric.startswith(self.proportions):
             sizes[-1] = len(filled) ** 2 / (1 / filled).sum()  # the mean spreads as so many facts
-            whole = draws[:, 0].round()
-            sure = np.abs(draws[:, 0] - whole) < _NOISE
-            ends = proportion_confint((whole * sizes)[sure], sizes[sure], 1 - level, "beta")
-            table[sure, :2] = np.transpose(ends)
+            rates = draws[:, 0].round()
+            exact = np.abs(draws[:, 0] - rates) < _NOISE  # none, or all
+            ends = proportion_confint((rates * sizes)[exact], sizes[exact], 1 - level, "beta")
+            table[exact, :2] = np.transpose(ends)
         return table
 
     def table(self) -> Frame:
@@ -262,8 +262,9 @@ def annotate(table: Frame) -> Frame:
         elif few.get(place):
             note.append(f"fewer than {FEW} facts: hardly an interval")
         elif not domains[place]:
-            means = [name for name in metrics if partly[name] and not pd.isna(row[name])]
-            note += [f"{', '.join(means)}: mean of the domains where defined"] if means else []
+            averaged = [name for name in metrics if partly[name] and pd.notna(row[name])]
+            where = "mean of the domains where defined"
+            note += [f"{', '.join(averaged)}: {where}"] if averaged else []
             note += [f"{few.sum()} domains of fewer than {FEW} facts"] if few.any() else []
         notes.append("; ".join(note))
     return table.assign(note=notes)
