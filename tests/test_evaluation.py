@@ -102,7 +102,7 @@ def test_an_unreadable_answer_has_nothing_to_judge_or_to_keep(
     assert np.flatnonzero(unread).tolist() == [1, 3]
     assert table["confidence"].isna().equals(unread), "no confidence without an answer"
     assert table["p_true"].isna().equals(unread) and np.allclose(table["p_true"].dropna(), 0.75)
-    assert table["verification"].tolist() == [float(not one) for one in unread]
+    assert table["verification"].tolist() == (1.0 - unread).tolist()
     assert table["expected_confidence"].notna().all()
     engine.texts = {n: "" for n in range(len(questions))}  # of every question
     none = scores(Run(tmp_path / "none", small), edge, questions, MODEL, "test-r14")
@@ -214,15 +214,15 @@ def test_open_ended_outcomes_are_a_table_for_routing(
 def test_the_cloud_judges_what_is_no_matter_of_form(
     small: Settings, tmp_path: Path, edge: EngineSlot, cloud: Scripted
 ) -> None:
-    told = [
+    truthful = [
         OpenQuestion(id=f"t{i}", task="truthfulqa", question="Why?", answers=("so",))
         for i in range(3)
     ]
     run = Run(tmp_path, small)
     cloud.texts = {0: "Correct.", 1: "Incorrect", 2: "Hm."}
-    grades = judged(run, edge, [*OPEN, *told], MODEL, "open-r14")
+    grades = judged(run, edge, [*OPEN, *truthful], MODEL, "open-r14")
     assert grades["id"].tolist() == ["t0", "t1", "t2"]
     assert grades["correct"].tolist()[:2] == [1.0, 0.0] and np.isnan(grades["correct"][2])
     asked = cloud.asked
-    assert judged(run, edge, [*OPEN, *told], MODEL, "open-r14").equals(grades)
+    assert judged(run, edge, [*OPEN, *truthful], MODEL, "open-r14").equals(grades)
     assert cloud.asked == asked

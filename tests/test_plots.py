@@ -46,9 +46,6 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "matched_curves": lambda o: plots.matched_curves(
         {name: curve(o, score) for score, name in WORDS.items()}, "Lift"
     ),
-    "matched_curves by cost": lambda o: plots.matched_curves(
-        {"word": curve(o)}, "Cost", "sysacc", {"word": (2, 50)}
-    ),
     "reliability": lambda o: plots.reliability(o, WORDS, "Reliability"),
     "histogram": lambda o: plots.confidence_histogram(o, "Histogram"),
     "histogram of E[c]": lambda o: plots.confidence_histogram(

@@ -69,7 +69,7 @@ def test_three_formats_read_alike(tmp_path: Path, ending: str) -> None:
     pd.testing.assert_frame_equal(read, check_outcomes(outcomes), check_dtype=False)
     assert list(read["domain"].unique()) == list(names.values())
     assert math.isnan(read["confidence"][3]) and read["local_answer"][5] == "None"
-    table = routing.percent(routing.routing_table(read, resamples=50))
+    table = routing.routing_table(read, resamples=50)
     assert table["domain"].tolist() == [*names.values(), "mean"]
 
 
@@ -406,7 +406,6 @@ def test_the_risk_bound_fails_at_most_delta_of_the_time(max_risk: float, true_sa
 def test_votes() -> None:
     frame = pd.DataFrame({"votes": ["AAAB", "----", "ABCD"], "local_answer": ["B", "A", None]})
     assert routing.vote_share(frame).tolist() == [0.25, 0, 0]
-    assert routing.vote_share(frame[["votes"]]).tolist() == [0.75, 0, 0.25]
 
 
 def test_text_router() -> None:
@@ -439,16 +438,3 @@ def test_published_rows_follow_from_their_other_columns() -> None:
     assert automix["routed"] == card.loc["mean", "routed"]
     tasks = routing.published("open_ended").set_index("task")[["r14_raw", "r15_raw"]]
     assert (tasks.drop("mean").mean() - tasks.loc["mean"]).abs().max() <= 0.1
-
-
-def test_percent() -> None:
-    table = pd.DataFrame({"domain": ["a", "b"], "n": [3, 0], "lift": [0.046, math.nan]})
-    table = table.assign(lift_low=[0.04, math.nan], lift_high=[0.05, math.nan], raw=[-1e-9, 1.0])
-    table = table.assign(p=[0.0001, math.nan], raw_low=math.nan, raw_high=math.nan)
-    shown = routing.percent(table.assign(auroc=0.7625, auroc_low=0.74, auroc_high=0.78, dibc=0.5))
-    assert shown["lift"].tolist() == ["+4.6 [+4.0, +5.0]", "-"]
-    assert shown["raw"].tolist() == ["0.0", "100.0"] and shown["n"].tolist() == [3, 0]
-    assert shown["p"].tolist() == ["0.0001", "-"]
-    assert (shown["auroc"][0], shown["dibc"][0]) == ("0.762 [0.740, 0.780]", "+0.50")
-    chosen = routing.percent(table, {"lift": "lift (points)", "domain": "where"})
-    assert list(chosen) == ["lift (points)", "where"] and chosen["lift (points)"][1] == "-"

@@ -17,6 +17,7 @@ ROW = {
     "sysacc_high": 0.8041,
     "auroc": 0.7659,
     "lift": -0.0004,
+    "raw": -1e-9,
     "lift 20%": 0.0219,
     "lift 20%_low": 0.018,
     "lift 20%_high": 0.027,
@@ -38,6 +39,7 @@ ROW = {
         ("sysacc", "77.7 [74.8, 80.4]"),  # a share in percent, with its interval
         ("auroc", "0.77"),  # from 0 to 1; no interval known
         ("lift", "+0.0"),  # no minus before a zero
+        ("raw", "0.0"),
         ("lift 20%", "+2.2 [+1.8, +2.7]"),  # the first word decides
         ("difference", "+2.0 [+0.0, +3.4]"),
         ("routed", "100.0"),  # an interval that prints as the value says nothing

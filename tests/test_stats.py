@@ -12,11 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from outcomes_factory import CLOUD, LEVELS, LOCAL, STATED, make_outcomes, make_seeds
 from sklearn.metrics import roc_auc_score
-from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from foggen import resampling, routing, stats
-from foggen.resampling import bootstrap, means, nested_bootstrap, paired_table
+from foggen.resampling import bootstrap, means, paired_table
 from foggen.stats import at_share
 
 QUESTION = st.tuples(st.sampled_from(LEVELS), st.booleans(), st.booleans(), st.integers(1, 3))
@@ -365,33 +364,6 @@ def test_a_single_other_answer_is_no_evidence() -> None:
     row = paired_table(sides, "accuracy").iloc[0]
     assert row["difference"] != 0 and row["p"] > 0.5
     assert min(abs(row["difference_low"]), abs(row["difference_high"])) == 0
-
-
-def test_holm_is_statsmodels() -> None:
-    p = np.random.default_rng(0).random(50).round(1) / 10
-    np.testing.assert_allclose(stats.holm(p), multipletests(p, method="holm")[1])
-    assert stats.holm([]).tolist() == [] and stats.holm([0.9, 0.8]).tolist() == [1.0, 1.0]
-
-
-def test_nested_bootstrap_contains_the_noise_of_choosing() -> None:
-    dev, test = make_outcomes(25, 2, seed=1), make_outcomes(400, 2, seed=2)
-
-    def best(frame: pd.DataFrame) -> float:
-        return routing.choose_tau(frame, max_cloud_share=0.5).tau
-
-    def evaluate(tau: float, frame: pd.DataFrame) -> pd.DataFrame:
-        keep = frame["confidence"] >= tau
-        right = np.where(keep, frame["local_correct"], frame["cloud_correct"])
-        rare = np.nan if frame.index.duplicated().any() else 1.0
-        return pd.DataFrame({"sysacc": [right.mean()], "routed": [1 - keep.mean()], "rare": rare})
-
-    nested, fixed = (
-        nested_bootstrap(dev, test, fit, evaluate, resamples=100).iloc[0]
-        for fit in (best, lambda _: best(dev))
-    )
-    assert nested["routed_high"] - nested["routed_low"] > fixed["routed_high"] - fixed["routed_low"]
-    assert nested["sysacc"] == fixed["sysacc"] and nested["n"] == 800
-    assert nested["rare"] == 1 and np.isnan(nested["rare_low"])  # undefined in nearly all copies
 
 
 # ---- simulations

@@ -103,8 +103,8 @@ def one_round(job: Job) -> Path:
     model = chain.buffer_model(settings)
     rows = [
         row
-        for number, (_, asked) in enumerate(plan)
-        for row in chain.label_questions(job.run, job.edge, f"r{number:02d}", model, asked)
+        for number, (_, questions) in enumerate(plan)
+        for row in chain.label_questions(job.run, job.edge, f"r{number:02d}", model, questions)
     ]
     return chain.fine_tune(job.run, job.edge, "r01", model, rows)[0]
 
@@ -128,25 +128,25 @@ def training_table(job: Job, rounds: Sequence[Round]) -> pd.DataFrame:
     {"id": "law-train-7", "label": 0.75, "votes": "AABA-AAA", "option_probability": 0.61, ...}
     """
     rows = chain.buffer_rows(rounds)
-    known = {question.id: question for question in job.parts["train"]}
-    asked = [known[row["id"]] for row in rows]
+    by_id = {question.id: question for question in job.parts["train"]}
+    learnt = [by_id[row["id"]] for row in rows]
     raw = rounds[0].model
-    answers = evaluation.answers(job.run, job.edge, asked, raw, "train-R0")
-    scores = evaluation.scores(job.run, job.edge, asked, raw, "train-R0")
+    answers = evaluation.answers(job.run, job.edge, learnt, raw, "train-R0")
+    scores = evaluation.scores(job.run, job.edge, learnt, raw, "train-R0")
     labels = pd.DataFrame({"label": [row["confidence"] for row in rows]})
     table = pd.concat([answers, scores, labels], axis=1).assign(
         label_votes=[row["votes"] for row in rows]
     )
-    kept = [*COLUMNS, "label", "label_votes"]
-    return table.filter(items=kept).assign(seed=job.run.settings.seed)
+    columns = [*COLUMNS, "label", "label_votes"]
+    return table.filter(items=columns).assign(seed=job.run.settings.seed)
 
 
 def branch_tables(job: Job, rounds: Sequence[Round]) -> Iterator[tuple[str, pd.DataFrame]]:
     """R14 and R15 on the open-ended test questions and on the seven domains."""
     run, settings = job.run, job.run.settings
     pools = open_splits(settings)
-    asked = open_ended.first(pools["train"], r15_asked(settings))
-    branch = chain.run_r15(run, rounds, asked, job.edge)
+    questions = open_ended.first(pools["train"], r15_asked(settings))
+    branch = chain.run_r15(run, rounds, questions, job.edge)
     tested = open_ended.first(
         pools["test"], dict.fromkeys(TASKS, settings.open_ended.eval_questions)
     )
@@ -199,7 +199,7 @@ def job_tables(run: Run, variant: str) -> Tables:
         if variant == "foggen":
             for name, table in foggen_tables(job, rounds):
                 tables.setdefault(name, []).append(table)
-    return {name: pd.concat(found, ignore_index=True) for name, found in tables.items() if found}
+    return {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items() if parts}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -222,9 +222,9 @@ def run_study(profile: str, folder: str, chosen: Mapping[str, int], processes: i
             added = list(pool.map(run_job, *zip(*jobs, strict=True)))
     results.mkdir(parents=True, exist_ok=True)
     for name in ("outcomes", "dev", "train", "branch", "rounds"):
-        found = [tables[name] for tables in added if name in tables]
-        if found:
-            write_table(pd.concat(found, ignore_index=True), results / f"{name}.parquet")
+        parts = [tables[name] for tables in added if name in tables]
+        if parts:
+            write_table(pd.concat(parts, ignore_index=True), results / f"{name}.parquet")
     known = variants(settings)
     recipes = {
         name: {"seeds": seeds, "overrides": dict(known[name].overrides)}
@@ -250,13 +250,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", default="runs/study")
     parser.add_argument("--only", nargs="+", metavar="VARIANT[=SEEDS]", help="these alone")
     parser.add_argument("--processes", type=int, default=1, help="chains at a time")
-    given = parser.parse_args(argv)
-    known = variants(load_profile(given.profile))
+    arguments = parser.parse_args(argv)
+    known = variants(load_profile(arguments.profile))
     chosen = {}
-    for text in given.only or known:
+    for text in arguments.only or known:
         name, _, seeds = text.partition("=")
         chosen[name] = int(seeds or known[name].seeds)
-    print(run_study(given.profile, given.run, chosen, given.processes).relative_to(ROOT))
+    results = run_study(arguments.profile, arguments.run, chosen, arguments.processes)
+    print(results.relative_to(ROOT))
 
 
 if __name__ == "__main__":

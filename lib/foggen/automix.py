@@ -1,8 +1,7 @@
 """AutoMix: the edge model verifies its answer k times, and a meta-verifier decides who answers.
 
-Holds the verification of answers, the meta-verifiers, their costs, and the table that sets them
-beside a one-pass confidence router. Works on outcomes tables (one row per question); must not know
-how a model is run or a figure drawn.
+Holds the verification of answers, the meta-verifiers and what a routing is worth. Works on outcomes
+tables (one row per question); must not know how a model is run or a figure drawn.
 
 Source: Aggarwal, Madaan et al., "AutoMix: Automatically Mixing Language Models", NeurIPS 2024, and
 its public code. Notation: v = verification share, S/L = small (edge) and large (cloud) model,
@@ -10,11 +9,9 @@ P = mean quality, c = cost, rho = share of routed queries, IBC = incremental ben
 dIBC = its relative gain over sending queries at random.
 """
 
-from __future__ import annotations
-
 from collections import namedtuple
 from collections.abc import Callable, Sequence
-from itertools import chain, combinations, product
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +19,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.ndimage import gaussian_filter1d
 
-from foggen import resampling, stats
+from foggen import stats
 from foggen.engines import Engine, Sampling
 from foggen.prompts import parse_verification, verify_messages
 from foggen.questions import Question
@@ -31,7 +28,6 @@ BINS = 8  # one bin per verification: v is a multiple of 1/8 when all eight can 
 KINDS = ("NEEDY", "GOOD", "HOPELESS")
 MAX_PENALTY = 4999  # the POMDP tries every integer from 0 as the penalty for routing in vain
 UNION = ("POMDPSimple", "GreedyPOMDP", "DoubleThreshold", "Threshold")  # the paper's POMDP
-USED = ["id", "domain", "fact", "local_correct", "cloud_correct", "confidence", "verification"]
 
 # --------------------------------------------------------------------------------------------------
 # Verification
@@ -59,8 +55,9 @@ def verify(
     for letter in answers:
         samples = next(replies) if letter else []
         texts = [sample.text for sample in samples]
-        share, tokens = verification_share(texts), sum(sample.tokens for sample in samples)
-        rows.append({"verification": share, "verification_tokens": tokens, "texts": texts})
+        tokens = sum(sample.tokens for sample in samples)
+        row = {"verification": verification_share(texts), "verification_tokens": tokens}
+        rows.append({**row, "texts": texts})
     return rows
 
 
@@ -74,45 +71,41 @@ def verification(outcomes: pd.DataFrame) -> NDArray[np.float64]:
 
 
 class Costs(NamedTuple):
-    """Cost of one local answer, one cloud answer and the verification of one query, in one unit.
+    """Cost of one local answer, one cloud answer and the verification of one query, in one unit."""
 
-    Numbers, or arrays with one entry per routing to be priced.
-    """
-
-    small: Any = 1.0
-    large: Any = 50.0
-    verify: Any = 1.0
+    small: float = 1.0
+    large: float = 50.0
+    verify: float = 1.0
 
 
-# What a routing is worth, as numbers or arrays (routings,): `cost` is per query, `lift` is the
-# accuracy above sending the same share (of each domain) at random.
-Price = namedtuple("Price", "accuracy routed cost ibc ibc_base dibc lift")
+# What a routing is worth, as numbers or arrays (routings,): means over questions.
+Price = namedtuple("Price", "accuracy routed cost ibc ibc_base dibc")
 
 
-def price(outcomes: pd.DataFrame, routed: ArrayLike, costs: Costs, domains: bool = False) -> Price:
+def price(outcomes: pd.DataFrame, routed: ArrayLike, costs: Costs) -> Price:
     """What it is worth to send the marked rows to the cloud.
 
-    `routed` is a mask (questions,), or several (routings, questions). All are means over
-    questions, or over domains (`domains`). IBC = (P - P_S) / (C - c_S) with C = c_S + c_V + rho
-    c_L, and 0 where nothing is spent; its base line is (P_L - P_S) / (c_L - c_S), without c_V;
+    `routed` is a mask (questions,), or several (routings, questions).
+    IBC = (P - P_S) / (C - c_S) with C = c_S + c_V + rho c_L, and 0 where nothing is spent.
+    Its base line, random routing, is (P_L - P_S) / (c_L - c_S), without c_V.
     dIBC = IBC / base - 1. With a cloud that is no better than the edge dIBC is NaN: there is no
-    gain to compare with, and its sign would reward losing accuracy. Raises ValueError for
-    impossible costs.
+    gain to compare with, and its sign would reward losing accuracy.
+    Raises ValueError for impossible costs.
     """
-    if not np.all((costs.small > 0) & (costs.large > costs.small) & (costs.verify >= 0)):
+    if not (0 < costs.small < costs.large and costs.verify >= 0):
         raise ValueError(f"costs must be 0 < small < large and verify >= 0, got {costs}")
     small, large = stats.correctness(outcomes)
-    mask, gap = np.asarray(routed, dtype=float), large - small
-    domain = pd.factorize(outcomes["domain"])[0] if domains else np.zeros(len(gap), dtype=int)
-    count = np.bincount(domain)
-    weight = 1 / (len(count) * count[domain])  # (questions,), in sum 1
-    surplus = gap - (np.bincount(domain, gap) / count)[domain]  # above a random query of the domain
-    rho, gain, lift = mask @ weight, mask @ (weight * gap), mask @ (weight * surplus)
+    gap = large - small
+    mask = np.asarray(routed, dtype=float)
+    # Means over questions: share routed, accuracy gained, cost beside the edge model's answer
+    rho = mask.mean(axis=-1)
+    gain = mask @ gap / len(gap)
     spent = costs.verify + rho * costs.large
+    # Gain per cost, of this routing and of random routing
     ibc = gain / np.where(spent > 0, spent, 1.0)
-    base = weight @ gap / (costs.large - costs.small)
+    base = gap.mean() / (costs.large - costs.small)
     dibc = ibc / np.where(base > 1e-12, base, np.nan) - 1
-    return Price(weight @ small + gain, rho, costs.small + spent, ibc, base, dibc, lift)
+    return Price(small.mean() + gain, rho, costs.small + spent, ibc, base, dibc)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -176,8 +169,7 @@ def _pomdp_simple(outcomes: pd.DataFrame, bins: int) -> list[Policy]:
 
 
 def _greedy_pomdp(outcomes: pd.DataFrame, bins: int) -> list[Policy]:
-    """Nested sets of bins (v rounded down), by falling mean gain after a Gaussian filter, sigma
-    2."""
+    """Nested sets of bins (v rounded down), by falling mean gain, smoothed (Gaussian, sigma 2)."""
     small, large = stats.correctness(outcomes)
     index = np.floor(verification(outcomes) * bins + 1e-9).astype(np.int64)
     count = np.bincount(index, minlength=bins + 1)
@@ -210,57 +202,7 @@ def best_policy(method: str, outcomes: pd.DataFrame, costs: Costs) -> Policy:
 
 
 def fit(method: str, outcomes: pd.DataFrame, costs: Costs) -> list[Policy]:
-    """The fits of every table: one on all rows; above 1,000 rows, ten on 1,000 sampled ones
-    each."""
+    """The fits of every table: one on all rows; of over 1,000 rows, ten on 1,000 sampled ones."""
     seeds = range(10) if len(outcomes) > 1000 else []
     samples = [outcomes.sample(1000, random_state=seed) for seed in seeds] or [outcomes]
     return [best_policy(method, sample, costs) for sample in samples]
-
-
-# --------------------------------------------------------------------------------------------------
-# Beside a one-pass confidence router
-
-
-def comparison_table(
-    outcomes: pd.DataFrame,
-    fit_outcomes: pd.DataFrame,
-    costs: Sequence[Costs] = (Costs(),),
-    tau: float = 0.5,
-    refit: bool = False,
-    resamples: int = 500,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """FogGen and every meta-verifier, one row per method and cost, with 95% intervals (_low,
-    _high).
-
-    Meta-verifiers are fitted on `fit_outcomes`, never on the rows that they are judged on; with
-    `refit` every resample fits again, so that the intervals contain the noise of fitting. FogGen
-    pays no c_V. Columns: method, ratio (c_L / c_S), c_V, n, the fields of `Price` (means over
-    domains and fits), `difference` (FogGen's lift minus the method's, paired), and note (why a
-    cell is NaN). dIBC is unstable where the cloud is nearly as good as the edge, or where little
-    is routed. A row, in part: method POMDP, ratio 50, c_V 1, n 1820, accuracy .78, accuracy_low
-    .76, dibc .31, lift .05
-    """
-    free = dict.fromkeys(("FogGen", cost._replace(verify=0.0)) for cost in costs)
-    cases = [*free, *product(CANDIDATES, costs)]
-
-    def fitted(frame: pd.DataFrame) -> list[Sequence[Policy | None]]:
-        return [fit(m, frame, cost) if m in CANDIDATES else [None] for m, cost in cases]
-
-    def measured(policies: list[Sequence[Policy | None]], frame: pd.DataFrame) -> pd.DataFrame:
-        v, unsure = verification(frame), ~(frame["confidence"] >= tau).to_numpy()
-        masks = {policy: policy.route(v) if policy else unsure for policy in {*chain(*policies)}}
-        fits = [len(group) for group in policies]
-        paid = Costs(*np.repeat([cost for _, cost in cases], fits, axis=0).T)  # each (routings,)
-        worth = price(frame, [masks[policy] for policy in chain(*policies)], paid, domains=True)
-        parts = np.split(np.array(worth), np.cumsum(fits)[:-1], axis=1)  # per case (fields, fits)
-        table = pd.DataFrame([part.mean(axis=1) for part in parts], columns=Price._fields)
-        return table.assign(difference=table["lift"][0] - table["lift"])
-
-    test, dev = outcomes.filter(USED), fit_outcomes.filter(USED)
-    policies = fitted(dev)
-    choose = fitted if refit else lambda _: policies
-    table = resampling.nested_bootstrap(dev, test, choose, measured, resamples, seed)
-    rows = [{"method": m, "ratio": c.large / c.small, "c_V": c.verify} for m, c in cases]
-    why = "dibc: the cloud is no better than the edge, or not in 2.5% of the resamples"
-    return pd.DataFrame(rows).join(table).assign(note=np.where(table["dibc_low"].isna(), why, ""))

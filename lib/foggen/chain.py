@@ -3,26 +3,24 @@
 What takes long is a stage of the run. Knows no engine by name, and nothing of how models compare.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from foggen import engines, labels, open_ended, prompts, stats, training
+from foggen import labels, open_ended, prompts, stats, training
 from foggen.config import Settings, SettingsError, derive_seed
-from foggen.engines import EngineError, EngineSlot, make_engine
-from foggen.evaluation import DRAWN, MODEL, answers, cloud_answers, stage_key
+from foggen.engines import Engine, EngineError, EngineSlot, make_engine
+from foggen.evaluation import DRAWN, answers, cloud_answers, stage, stage_key
 from foggen.inputs import model_folder
 from foggen.labels import GOLD, Letters, Questions, Sample, SftRow
 from foggen.questions import OpenQuestion, Question, by_domain, draw, draw_balanced, subset
-from foggen.store import ROOT, Run, digest, progress, read_jsonl, read_record, write_jsonl
+from foggen.store import ROOT, Run, digest, progress, read_record, write_jsonl
 from foggen.training import Record
 
 Plan = list[tuple[str | None, list[Question]]]  # domain (R0: None) and new questions of every round
@@ -213,15 +211,15 @@ def label_questions(
     reference = cloud if s.label_reference == "cloud" else GOLD
     taught = cloud if s.answer_target == "cloud" else GOLD
 
-    def ask() -> list[Sample]:
+    def ask(engine: Engine) -> list[Sample]:
         if s.labels == "exact":
-            return labels.exact_answers(edge.load(model), questions, s, reference)
-        return labels.sample_answers(edge.load(model), questions, s, seed, reference)
+            return labels.exact_answers(engine, questions, s, reference)
+        return labels.sample_answers(engine, questions, s, seed, reference)
 
     right = digest([reference.get(question.id) for question in questions])
-    key = stage_key(s, questions, *DRAWN, "labels", *MODEL, seed=seed, reference=right)
-    samples = run.cached_rows(f"{name}-samples", key, ask, [model], [prompts, engines, labels])
-    pairs = zip(questions, cast(list[Sample], samples), strict=True)
+    key = stage_key(s, questions, *DRAWN, "labels", seed=seed, reference=right)
+    samples = stage(run, edge, model, f"{name}-samples", key, ask, labels)
+    pairs = zip(questions, samples, strict=True)
     rows = [labels.training_row(question, sample, s, taught) for question, sample in pairs]
     return [row for row in rows if row]
 
@@ -281,19 +279,16 @@ def run_r15(
     """
     s, model, seed = run.settings, rounds[-1].model, derive_seed(run.settings.seed, "r15")
 
-    def compute(folder: Path) -> None:
-        rows, counts = open_ended.r15_rows(edge.load(model), questions, s, seed)
-        write_jsonl(folder / "rows.jsonl", rows)
-        write_jsonl(folder / "counts.jsonl", counts)
+    def ask(engine: Engine) -> list[Record]:
+        rows, counts = open_ended.r15_rows(engine, questions, s, seed)
+        return [{"rows": rows, "counts": counts}]
 
-    key = stage_key(s, questions, *DRAWN, "tie", "open_ended", *MODEL, seed=seed)
-    code = [prompts, engines, labels, open_ended]
-    folder = run.cached("r15-labels", key, compute, [model], code)
-    new = cast(list[SftRow], read_jsonl(folder / "rows.jsonl"))
-    old = replay(buffer_rows(rounds), s.open_ended.r15.replay, seed)
+    key = stage_key(s, questions, *DRAWN, "tie", "open_ended", seed=seed)
+    (labelled,) = stage(run, edge, model, "r15-labels", key, ask, labels, open_ended)
+    new, old = labelled["rows"], replay(buffer_rows(rounds), s.open_ended.r15.replay, seed)
     if s.open_ended.r15_model:  # trained by others on other rows; these are for the eye
         branch = model_folder(s.open_ended.r15_model, s.open_ended.r15_revision)
         record: Record = {"rows": len(new) + len(old), "too_long": 0, "steps": 0}
     else:
         branch, record = fine_tune(run, edge, "r15", model, [*new, *old])
-    return Branch(branch, new, read_jsonl(folder / "counts.jsonl"), old, record)
+    return Branch(branch, new, labelled["counts"], old, record)

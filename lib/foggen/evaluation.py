@@ -4,8 +4,6 @@ Every part is asked for once and kept in the run: `outcomes` -> `answers` -> `gr
 `engine.generate`, with the cache (`stage`) in between. Knows no metric, and no training.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -25,7 +23,7 @@ from foggen.engines import NOTHING, Engine, EngineSlot, Sampling, make_engine
 from foggen.inputs import model_folder
 from foggen.labels import Questions
 from foggen.questions import OpenQuestion, Question, subset
-from foggen.store import ROOT, Run, digest, progress, read_json
+from foggen.store import ROOT, Run, digest, progress, read_record
 
 MODEL = ("engine", "engine_options", "dtype")  # what every answer of a checkpoint depends on
 CLOUD = ("cloud", "dtype")
@@ -49,8 +47,8 @@ def greedy_answers(engine: Engine, questions: Questions, settings: Settings) -> 
      "local_answer": "B", "local_correct": 0, "confidence": 0.25, "local_tokens": 5,
      "text": "Confidence: 0.25\\nFinal answer: B", "failed": 0}
 
-    An unreadable answer or confidence is None. `failed`: the cloud gave no text, not even an empty
-    one.
+    An unreadable answer or confidence is None, and so is the confidence of an unreadable answer:
+    nothing can be kept of it. `failed`: the cloud gave no text, not even an empty one.
     """
     messages = [prompts.mcq_messages(question, settings.prompt_variant) for question in questions]
     replies = engine.generate(messages, Sampling(max_tokens=settings.max_new_tokens))
@@ -61,8 +59,8 @@ def greedy_answers(engine: Engine, questions: Questions, settings: Settings) -> 
         row = question.model_dump(include={"id", "domain", "fact"})
         row |= {"gold": question.answer, "n_options": len(question.options)}
         row |= {"local_answer": answer, "local_correct": int(answer == question.answer)}
-        row |= {"confidence": confidence, "local_tokens": reply.tokens, "text": reply.text}
-        rows.append({**row, "failed": int(not completions)})
+        row |= {"confidence": confidence if answer else None, "local_tokens": reply.tokens}
+        rows.append({**row, "text": reply.text, "failed": int(not completions)})
     return rows
 
 
@@ -84,7 +82,7 @@ class CloudFailed(Exception):
 
 def stage(
     run: Run, edge: EngineSlot, model: Path | None, name: str, key: Any, ask: Ask, *code: ModuleType
-) -> Table:
+) -> Rows:
     """The rows that `ask` gets from the checkpoint `model` (None: from the cloud), asked for once.
 
     Where the cloud failed, rows are counted and shown, but not kept: the next run asks again.
@@ -106,11 +104,11 @@ def stage(
             raise CloudFailed(rows)
         return rows
 
-    modules = [prompts, engines, sys.modules[__name__], *code]
     try:
-        return Table(run.cached_rows(name, key, compute, inputs, modules))
+        modules = [prompts, engines, sys.modules[__name__], *code]
+        return run.cached_rows(name, key, compute, inputs, modules)
     except CloudFailed as failure:
-        return Table(failure.args[0])
+        return list(failure.args[0])
 
 
 def cloud_engine(settings: Settings) -> Engine:
@@ -133,20 +131,14 @@ def answers(
     """`greedy_answers` of a checkpoint (None: of the cloud), with the questions' texts."""
     ask = partial(greedy_answers, questions=questions, settings=run.settings)
     key = stage_key(run.settings, questions, "max_new_tokens")
-    table = stage(run, edge, model, f"{name}-answers", key, ask)
+    rows = stage(run, edge, model, f"{name}-answers", key, ask)
     texts = [question.question for question in questions]
-    return drop_unread(table).assign(question=texts)
+    return Table(rows).assign(question=texts).astype({"confidence": float})
 
 
 def cloud_answers(run: Run, edge: EngineSlot, questions: Questions, name: str) -> Table:
     """`greedy_answers` of the cloud, to the very prompts that the edge model gets."""
     return answers(run, edge, questions, None, f"{name}-cloud")
-
-
-def drop_unread(table: Table) -> Table:
-    """The table without the confidences of unreadable answers: nothing can be kept of these."""
-    stated = table["confidence"].astype(float).where(table["local_answer"].notna())
-    return table.assign(confidence=stated)
 
 
 def answer_letters(table: Table) -> list[str | None]:
@@ -156,18 +148,18 @@ def answer_letters(table: Table) -> list[str | None]:
 
 def scores(run: Run, edge: EngineSlot, questions: Questions, model: Path, name: str) -> Table:
     """Exact probabilities: E[c], the likeliest letter's share, and P(True) of the greedy answer."""
-    settings, letters = run.settings, answer_letters(answers(run, edge, questions, model, name))
+    letters = answer_letters(answers(run, edge, questions, model, name))
 
     def ask(engine: Engine) -> Rows:
-        exact = labels.score_answers(engine, questions, settings.prompt_variant)
+        exact = labels.score_answers(engine, questions, run.settings.prompt_variant)
         rows = []
         for score, p in zip(exact, p_true(engine, questions, letters), strict=True):
             row = {"expected_confidence": score.expected_confidence, "p_true": p}
             rows.append({**row, "option_probability": score.option_probability})
         return rows
 
-    key = stage_key(settings, questions, answers=digest(letters))
-    return stage(run, edge, model, f"{name}-scores", key, ask, labels).astype(float)
+    key = stage_key(run.settings, questions, answers=digest(letters))
+    return Table(stage(run, edge, model, f"{name}-scores", key, ask, labels)).astype(float)
 
 
 def p_true(engine: Engine, questions: Questions, letters: Sequence[str | None]) -> list[float]:
@@ -185,14 +177,11 @@ def p_true(engine: Engine, questions: Questions, letters: Sequence[str | None]) 
 
 def votes(run: Run, edge: EngineSlot, questions: Questions, model: Path, name: str) -> Table:
     """The letters of the recipe's samples, one per sample, and the tokens that they took."""
-    settings, seed = run.settings, derive_seed(run.settings.seed, name.partition("-")[0], "votes")
-
-    def ask(engine: Engine) -> Rows:
-        samples = labels.sample_answers(engine, questions, settings, seed)
-        return [{"votes": s["votes"], "sample_tokens": s["tokens"]} for s in samples]
-
-    key = stage_key(settings, questions, *DRAWN, seed=seed)
-    return stage(run, edge, model, f"{name}-votes", key, ask, labels)
+    seed = derive_seed(run.settings.seed, name.partition("-")[0], "votes")
+    ask = partial(labels.sample_answers, questions=questions, settings=run.settings, seed=seed)
+    key = stage_key(run.settings, questions, *DRAWN, seed=seed)
+    samples = Table(stage(run, edge, model, f"{name}-votes", key, ask, labels))
+    return samples[["votes", "tokens"]].rename(columns={"tokens": "sample_tokens"})
 
 
 def verifications(
@@ -204,7 +193,7 @@ def verifications(
     sampling = Sampling(rule.k, rule.temperature, rule.max_new_tokens, seed)
     ask = partial(automix.verify, questions=questions, answers=letters, sampling=sampling)
     key = stage_key(run.settings, questions, "automix", answers=digest(letters), seed=seed)
-    return stage(run, edge, model, f"{name}-verification", key, ask, automix)
+    return Table(stage(run, edge, model, f"{name}-verification", key, ask, automix))
 
 
 def outcomes(
@@ -213,20 +202,22 @@ def outcomes(
     """The outcomes table of a checkpoint, in the columns of `routing.Outcome`, with these parts."""
     measures = {"scores": scores, "votes": votes, "verification": verifications}
     tables = [measures[part](run, edge, questions, model, name) for part in parts]
-    local = answers(run, edge, questions, model, name).drop(columns="failed")
+    table = pd.concat([answers(run, edge, questions, model, name), *tables], axis=1)
     cloud = cloud_answers(run, edge, questions, name.partition("-")[0])
-    cloud = cloud[["local_answer", "local_correct", "local_tokens", "failed"]]
-    cloud.columns = ["cloud_answer", "cloud_correct", "cloud_tokens", "cloud_failed"]
-    table = pd.concat([local, *tables, cloud], axis=1).drop(columns="texts", errors="ignore")
-    return keep_local(table).assign(seed=run.settings.seed)
+    table = beside_cloud(table.drop(columns="texts", errors="ignore"), cloud)
+    return table.assign(seed=run.settings.seed)
 
 
-def keep_local(table: Table) -> Table:
-    """Where the cloud failed (`cloud_failed` 1) the edge model's answer stands for its own."""
-    failed = table["cloud_failed"] == 1
+def beside_cloud(local: Table, cloud: Table) -> Table:
+    """The edge model's table with the cloud's answers to the same questions as `cloud_...` columns.
+
+    Where the cloud failed (`cloud_failed` 1) the edge model's answer stands for its own.
+    """
+    failed = cloud["failed"] == 1
+    table = local.drop(columns="failed")
     for part in ("answer", "correct"):
-        table[f"cloud_{part}"] = table[f"cloud_{part}"].mask(failed, table[f"local_{part}"])
-    return table
+        table[f"cloud_{part}"] = cloud[f"local_{part}"].mask(failed, local[f"local_{part}"])
+    return table.assign(cloud_tokens=cloud["local_tokens"], cloud_failed=cloud["failed"])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -242,7 +233,7 @@ def open_outcomes(
     key = stage_key(run.settings, questions, limits=limits)
     local = stage(run, edge, model, f"{name}-answers", key, ask, open_ended)
     cloud = stage(run, edge, None, f"{name.partition('-')[0]}-cloud-answers", key, ask, open_ended)
-    table = keep_local(drop_unread(open_ended.open_outcomes(local, cloud)))
+    table = beside_cloud(Table(local), Table(cloud)).astype({"confidence": float})
     return table.assign(seed=run.settings.seed)
 
 
@@ -253,7 +244,8 @@ def judged(run: Run, edge: EngineSlot, questions: OpenQuestions, model: Path, na
     graded = [question for question in questions if question.task == "truthfulqa"]
     ask = partial(open_ended.judge, questions=graded, answers=texts)
     key = stage_key(run.settings, graded, answers=digest(texts))
-    return stage(run, edge, None, f"{name}-judged", key, ask, open_ended).astype({"correct": float})
+    rows = stage(run, edge, None, f"{name}-judged", key, ask, open_ended)
+    return Table(rows).astype({"correct": float})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -266,10 +258,8 @@ def study_tables(settings: Settings) -> dict[str, Table] | None:
     None where the settings, but for the seed, are not those that the study was made with.
     """
     folder = ROOT / "data" / "results" / settings.name
-    if not (folder / "study.json").is_file():
-        return None
+    stored = read_record(folder / "study.json").get("settings", {})
     recipe = settings.model_dump(mode="json", exclude={"seed", "seeds"})
-    stored = read_json(folder / "study.json")["settings"]
     if any(stored.get(name) != value for name, value in recipe.items()):
         return None
     return {file.stem: pd.read_parquet(file) for file in sorted(folder.glob("*.parquet"))}

@@ -4,14 +4,12 @@ Holds how a checkpoint is asked what it knows, and how that becomes a label. Mus
 model is run, trained or stored.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, cast
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,41 +24,8 @@ Floats = NDArray[np.floating[Any]]
 Questions = Sequence[Question]
 Letters = Mapping[str, str]  # question id -> letter
 GOLD: Letters = {}  # no letters in place of the gold ones
-
-
-class Sample(TypedDict):
-    """What a checkpoint knows of one question.
-
-    {"id": "law-7", "p_correct": 0.75, "majority_answer": "A", "votes": "AABA-AAA",
-     "texts": ["Confidence: 1.0\\nFinal answer: A", ...], "tokens": 40}
-
-    `p_correct`: share (or probability) of right answers, 0 to 1. `votes`: one letter per answer,
-    `-` for an unreadable one; None where probabilities were read instead (`labels: exact`).
-    """
-
-    id: str
-    p_correct: float
-    majority_answer: str | None
-    votes: str | None
-    texts: NotRequired[list[str]]
-    tokens: NotRequired[int]
-
-
-class SftRow(TypedDict):
-    """One training row: the prompt, the assistant turn to learn, and what that turn was made from.
-
-    {"id": "law-7", "domain": "law", "messages": [{"role": "system", "content": ...}, ...],
-     "target": "Confidence: 0.75\\nFinal answer: A", "answer": "A", "confidence": 0.75,
-     "votes": "AABA-AAA"}
-    """
-
-    id: str
-    domain: str
-    messages: prompts.Messages
-    target: str
-    answer: str
-    confidence: float
-    votes: str | None
+Sample = dict[str, Any]  # what a checkpoint knows of one question: see `judged_sample`
+SftRow = dict[str, Any]  # one row of a training: see `training_row`
 
 
 def bucket(p: float, tie: Literal["up", "down"] = "up") -> float:
@@ -86,8 +51,9 @@ def recipe_sampling(settings: Settings, seed: int = 0) -> Sampling:
 def sample_answers(
     engine: Engine, questions: Questions, settings: Settings, seed: int, reference: Letters = GOLD
 ) -> list[Sample]:
-    """Answers every question `samples` times, and counts the right answers.
+    """Answers every question `samples` times, and counts the right answers: see `judged_sample`.
 
+    Each sample has the answers' `texts` too, and `tokens`, their number of tokens in all.
     `reference`: letters that count as right in place of the gold ones, by question id.
     """
     messages = [prompts.mcq_messages(question, settings.prompt_variant) for question in questions]
@@ -107,12 +73,17 @@ def sample_answers(
 def judged_sample(
     question: Question, shares: Mapping[str, float], reference: Letters, votes: str | None = None
 ) -> Sample:
-    """The sample of a question whose letters were given with these shares (or probabilities)."""
+    """The sample of a question whose letters were given with these shares (or probabilities).
+
+    {"id": "law-7", "p_correct": 0.75, "majority_answer": "A", "votes": "AABA-AAA"}
+
+    `p_correct`: share (or probability) of right answers. `votes`: one letter per answer, `-` for an
+    unreadable one; None where probabilities were read instead (`labels: exact`).
+    """
+    possible = {letter: share for letter, share in shares.items() if share}
+    majority = max(possible, key=possible.__getitem__, default=None)  # the first among equals
     p = shares.get(reference.get(question.id, question.answer), 0.0)
-    majority = max(shares, key=shares.__getitem__, default=None)  # the first among equals
-    if majority and not shares[majority]:
-        majority = None  # no letter is possible
-    return Sample(id=question.id, p_correct=p, majority_answer=majority, votes=votes)
+    return {"id": question.id, "p_correct": p, "majority_answer": majority, "votes": votes}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -179,6 +150,10 @@ def training_row(
 ) -> SftRow | None:
     """The row that teaches a question with its label, and the gold letter, or that of `cloud`.
 
+    {"id": "law-7", "domain": "law", "messages": [{"role": "system", "content": ...}, ...],
+     "target": "Confidence: 0.75\\nFinal answer: A", "answer": "A", "confidence": 0.75,
+     "votes": "AABA-AAA"}
+
     With `answer_target: self` it teaches the majority letter; None where there is none to teach.
     """
     answer: str | None = cloud.get(question.id, question.answer)
@@ -186,11 +161,11 @@ def training_row(
         answer = sample["majority_answer"]
     if answer is None:
         return None
-    confidence = bucket(sample["p_correct"], settings.tie)
+    label = bucket(sample["p_correct"], settings.tie)
     messages = prompts.mcq_messages(question, settings.prompt_variant)
     row = {"id": question.id, "domain": question.domain, "messages": messages}
-    row |= {"target": prompts.target_text(confidence, answer), "answer": answer}
-    return cast(SftRow, {**row, "confidence": confidence, "votes": sample["votes"]})
+    row |= {"target": prompts.target_text(label, answer), "answer": answer}
+    return {**row, "confidence": label, "votes": sample["votes"]}
 
 
 def control_labels(

@@ -5,8 +5,6 @@ problems with a chain of thought). Must not know how a model is run or trained, 
 from, nor how accuracies are compared.
 """
 
-from __future__ import annotations
-
 import re
 import string
 from collections import Counter
@@ -14,9 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from itertools import groupby
-from typing import Any, cast
-
-import pandas as pd
+from typing import Any
 
 from foggen.config import Settings
 from foggen.engines import NOTHING, Completion, Engine, Sampling
@@ -58,17 +54,6 @@ def contains(answer: str, references: Sequence[str]) -> float:
     """
     words, *spans = (f" {' '.join(squad_words(text))} " for text in (answer, *references))
     return float(any(span in words for span in spans if span.strip()))
-
-
-def f1(answer: str, references: Sequence[str]) -> float:
-    """SQuAD v1.1 word F1 (0 to 1), the best over references; 0 without a common word.
-
-    Fails: half a point for a wrong name with a right surname; word order and negation do not count.
-    """
-    words = Counter(squad_words(answer))
-    rights = [Counter(squad_words(reference)) for reference in references]
-    scores = [2 * (words & right).total() / max((words + right).total(), 1) for right in rights]
-    return max(scores, default=0.0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -124,23 +109,23 @@ def same_number(answer: str, references: Sequence[str]) -> float:
 # Scorers: TruthfulQA
 
 
-def rouge_l(answer: str, reference: str) -> float:
-    """ROUGE-L F1 (0 to 1) of the lower-case words and numbers of two texts (Lin, 2004)."""
-    from rouge_score.rouge_scorer import RougeScorer  # takes two seconds of imports along
-
-    return float(RougeScorer(["rougeL"]).score(reference, answer)["rougeL"].fmeasure)
-
-
 def truth_margin(answer: str, right: Sequence[str], wrong: Sequence[str]) -> float:
-    """Best ROUGE-L with a right reference minus best with a wrong one (-1 to 1).
+    """Best ROUGE-L F1 (Lin, 2004) with a right reference minus best with a wrong one (-1 to 1).
 
     This is TruthfulQA's ROUGE-L difference. Fails: right and wrong references often differ in one
     word ("not"), so that style decides; a right answer in new words is near neither; an answer that
     says both is a matter of length. A refusal is no right answer here, other than in the original,
     which takes "I have no comment." for true: a router has to know who can answer.
     """
-    best = [max((rouge_l(answer, text) for text in texts), default=0.0) for texts in (right, wrong)]
-    return round(best[0] - best[1], 9)  # equal fractions of other lengths differ in the last bit
+    from rouge_score.rouge_scorer import RougeScorer  # takes two seconds of imports along
+
+    scorer = RougeScorer(["rougeL"])
+
+    def nearest(texts: Sequence[str]) -> float:
+        return max((scorer.score(text, answer)["rougeL"].fmeasure for text in texts), default=0.0)
+
+    # Equal fractions of other lengths differ in the last bit
+    return round(nearest(right) - nearest(wrong), 9)
 
 
 JUDGE_SYSTEM = (
@@ -213,33 +198,28 @@ def ask(
 
 
 def evaluate_open(engine: Engine, questions: Questions, max_new_tokens: Mapping[str, int]) -> Rows:
-    """Greedy answers of one model, one row per question.
+    """Greedy answers of one model, one row per question:
 
-    An answer that is never closed scores 0 and counts as not parsed. A row: `{"id": "g7", "domain":
-    "gsm8k", "task": "gsm8k", "fact": "g7", "question": "2+3?", "gold": "5", "text": "Confidence:
-    0.5 ...", "answer": "5", "confidence": 0.5 (None: unreadable), "correct": 1.0, "tokens": 14,
-    "parsed": True, "truncated": False (cut at max_new_tokens), "failed": 0 (1: no completion)}`
+    {"id": "g7", "task": "gsm8k", "question": "2+3?", "domain": "gsm8k", "fact": "g7", "gold": "5",
+     "text": "Confidence: 0.5 ...", "local_answer": "5", "confidence": 0.5, "local_correct": 1.0,
+     "local_tokens": 14, "parsed": True, "truncated": False, "failed": 0}
+
+    An answer that is never closed scores 0, counts as not parsed and has no confidence.
+    `truncated`: it was cut at max_new_tokens. `failed` 1: there was no completion.
     """
     rows = []
     pairs = zip(questions, ask(engine, questions, max_new_tokens, Sampling()), strict=True)
     for question, completions in pairs:
         reply = next(iter(completions), NOTHING)
-        answer, confidence = closed_answer(reply), parse_open_response(reply.text).confidence
+        answer = closed_answer(reply)
+        confidence = parse_open_response(reply.text).confidence if answer else None
         row = {"domain": question.task, "fact": question.fact_key, "gold": question.answers[0]}
-        row |= {"text": reply.text, "answer": answer, "confidence": confidence}
-        row |= {"correct": score_answer(question, answer), "tokens": reply.tokens}
+        row |= {"text": reply.text, "local_answer": answer, "confidence": confidence}
+        row |= {"local_correct": score_answer(question, answer), "local_tokens": reply.tokens}
         row |= {"parsed": answer is not None, "truncated": not reply.finished}
         fields = question.model_dump(include={"id", "task", "question"})
         rows.append({**fields, **row, "failed": int(not completions)})
     return rows
-
-
-def open_outcomes(local: pd.DataFrame, cloud: pd.DataFrame) -> pd.DataFrame:
-    """The outcomes table of two evaluations of one set; all but `cloud_*` is the edge model's."""
-    names = {name: f"local_{name}" for name in ("answer", "correct", "tokens")}
-    right = cloud[["id", *names, "failed"]].set_index("id").add_prefix("cloud_")
-    left = local.drop(columns="failed").rename(columns=names)
-    return left.join(right, on="id", validate="one_to_one")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -275,11 +255,12 @@ def open_row(
             return None
         best = right.index(True)
         answer, reasoning = str(answers[best]), trace(samples[best].text)
-    label, read = bucket(sum(right) / len(right), settings.tie), zip(answers, right, strict=True)
-    votes = "".join("-" if text is None else str(int(good)) for text, good in read)
+    label = bucket(sum(right) / len(right), settings.tie)
+    pairs = zip(answers, right, strict=True)
+    votes = "".join("-" if text is None else str(int(is_right)) for text, is_right in pairs)
     row = {"id": question.id, "domain": question.task, "messages": open_messages(question)}
     row |= {"target": target_text(label, answer, reasoning), "answer": answer}
-    return cast(SftRow, {**row, "confidence": label, "votes": votes})
+    return {**row, "confidence": label, "votes": votes}
 
 
 def r15_rows(
@@ -293,11 +274,11 @@ def r15_rows(
     """
     rows: list[SftRow] = []
     counts = {task: Counter(dict.fromkeys(COUNTS, 0)) for task in TASKS}
-    limits, wanted = settings.open_ended.max_new_tokens, settings.open_ended.r15
+    limits, sizes = settings.open_ended.max_new_tokens, settings.open_ended.r15
     sampled = ask(engine, questions, limits.model_dump(), recipe_sampling(settings, seed))
     for question, samples in zip(questions, sampled, strict=True):
         row, count = open_row(question, samples, settings), counts[question.task]
-        full = count["rows"] >= getattr(wanted, question.task)
+        full = count["rows"] >= getattr(sizes, question.task)
         fate = "no_trace" if row is None else "surplus" if full else "rows"
         if row and fate == "rows":
             rows.append(row)

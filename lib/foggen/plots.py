@@ -4,8 +4,6 @@ Knows nothing of files except in `save`, and computes no metric that `stats` doe
 figure takes its `title`: what it shows, said by who has read the numbers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import Formatter, MaxNLocator
 from numpy.typing import ArrayLike
-from scipy.stats import beta
+from statsmodels.stats.proportion import proportion_confint
 
 from foggen import stats
 from foggen.prompts import BUCKET_TEXTS, BUCKETS
@@ -31,14 +29,12 @@ SKY, PURPLE, BLACK, GREY = "#56B4E9", "#CC79A7", "#000000", "#8C8C8C"
 COLOURS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, "#666666")
 SIZE = (6.4, 4.2)
 SHARES = "share of {:,} questions sent to the cloud (%)"
-YLABELS = {"sysacc": "answers of the system right (%)", "lift": "lift over random routing (%)"}
 PANELS = {
     "local_accuracy": "answers right (%)",
     "mean_confidence": "mean confidence (%)",
     "auroc": "AUROC of confidence",
     "ece_bucket_debiased": "calibration error (ECE)",
 }
-Costs = Mapping[str, tuple[float, float]]
 
 
 def style() -> None:
@@ -109,27 +105,20 @@ def accuracy_curve(
     axes.plot(curve["share"], curve["random"], color=GREY, ls="--", label="random, same share")
     for (name, point), colour in zip(points.items(), COLOURS[1:], strict=False):
         axes.plot(*point, "o", color=colour, ms=8, mec="white", label=name)
-    label(axes, xlabel=SHARES.format(curve["n"][0]), ylabel=YLABELS["sysacc"], title=title)
+    xlabel = SHARES.format(curve["n"][0])
+    label(axes, xlabel=xlabel, ylabel="answers of the system right (%)", title=title)
     axes.legend(loc="best")
     return figure
 
 
-def matched_curves(
-    curves: Mapping[str, pd.DataFrame], title: str, column: str = "lift", costs: Costs | None = None
-) -> Figure:
-    """Several routers at the same cloud share: a column of their curves, with 95% bands.
-
-    `costs` maps their names to what every query costs and what a routed one costs more: then they
-    are drawn against the mean cost of a query.
-    """
+def matched_curves(curves: Mapping[str, pd.DataFrame], title: str) -> Figure:
+    """Several routers at the same cloud share: the lift of their curves, with 95% bands."""
     figure, axes = plt.subplots()
     for (name, curve), colour in zip(curves.items(), COLOURS, strict=False):
-        fixed, routed = costs[name] if costs else (0, 1)
-        band(axes, fixed + routed * curve["share"], curve, column, color=colour, label=name)
-    if column == "lift":
-        axes.axhline(0, color=GREY, ls="--", lw=1.2, label="random")
-    xlabel = "mean cost of a query" if costs else SHARES.format(curve["n"][0])
-    label(axes, xlabel=xlabel, ylabel=YLABELS[column], title=title)
+        band(axes, curve["share"], curve, "lift", color=colour, label=name)
+    axes.axhline(0, color=GREY, ls="--", lw=1.2, label="random")
+    xlabel = SHARES.format(curve["n"][0])
+    label(axes, xlabel=xlabel, ylabel="lift over random routing (%)", title=title)
     legend(figure, axes, 3)
     return figure
 
@@ -146,15 +135,15 @@ def reliability(outcomes: pd.DataFrame, columns: Mapping[str, str], title: str) 
     figure, axes = plt.subplots(figsize=(6.4, 4.8))
     axes.plot([0, 1], [0, 1], color=GREY, ls="--", lw=1.2, label="perfectly calibrated")
     for (column, name), colour in zip(columns.items(), COLOURS, strict=False):
-        known = outcomes[outcomes[column].notna()]
-        groups = known.groupby(stats.buckets(known[column].to_numpy(float)))
+        stated = outcomes[outcomes[column].notna()]
+        groups = stated.groupby(stats.buckets(stated[column].to_numpy(float)))
         n, x, rate = groups.size(), groups[column].mean(), groups["local_correct"].mean()
-        ends = [beta.ppf(q, rate * n + 0.5, n - rate * n + 0.5) for q in (0.025, 0.975)]
-        lengths = np.clip([rate - ends[0], ends[1] - rate], 0, None)
+        low, high = proportion_confint(rate * n, n, method="jeffreys")
+        lengths = np.clip([rate - low, high - rate], 0, None)
         axes.errorbar(x, rate, lengths, fmt="none", color=colour, capsize=3, lw=1.2)
         axes.scatter(x, rate, 600 * n / len(outcomes), color=colour, alpha=0.75, label=name)
-    stated = f"confidence (%), {len(outcomes):,} questions"
-    label(axes, xlabel=stated, ylabel="answers right (%)", title=title)
+    xlabel = f"confidence (%), {len(outcomes):,} questions"
+    label(axes, xlabel=xlabel, ylabel="answers right (%)", title=title)
     axes.set(xlim=(-0.05, 1.1), ylim=(-0.02, 1.02))
     axes.legend(loc="upper left")
     return figure
@@ -166,8 +155,8 @@ def confidence_histogram(
     """Questions at each confidence, right and wrong apart; unparsed answers have their own bar."""
     figure, axes = plt.subplots()
     score, right = router_score(outcomes, column), outcomes["local_correct"].to_numpy(float)
-    few = len(np.unique(score[score >= 0])) <= len(BUCKETS)
-    edges = np.linspace(-0.125, 1.125, 6) if few else np.linspace(0, 1, 21)
+    in_buckets = len(np.unique(score[score >= 0])) <= len(BUCKETS)
+    edges = np.linspace(-0.125, 1.125, 6) if in_buckets else np.linspace(0, 1, 21)
     width, centres = np.diff(edges)[0], (edges[:-1] + edges[1:]) / 2
     kinds = ((-1, right, "right", BLUE), (1, 1 - right, "wrong", ORANGE))
     for side, weights, kind, colour in kinds:
@@ -190,24 +179,27 @@ def risk_coverage(
     percentile intervals of 200 resamples of facts.
     """
     figure, axes = plt.subplots()
-    right, kept = outcomes["local_correct"].to_numpy(float), outcomes["confidence"] >= tau
+    right = outcomes["local_correct"].to_numpy(float)
     counts = draw_counts(fact_codes(outcomes), 201, np.random.default_rng(0))
-    counts[0], at = 1, np.linspace(0.01, 1, 100)  # the outcomes themselves first
+    counts[0] = 1  # the outcomes themselves first
+    coverage = np.linspace(0.01, 1, 100)
     for (column, name), colour in zip(columns.items(), COLOURS, strict=False):
         # Answers kept, and wrong ones among them, from the surest score down: (resamples, levels)
         sums = stats.tie_sums(router_score(outcomes, column), counts, 1 - right)
         shares = [np.cumsum(part[:, ::-1], axis=1) / counts.sum(axis=1)[:, None] for part in sums]
-        rows = zip(*shares, strict=True)
-        risk = np.array([np.interp(at, [0, *x], [0, *y]) / at for x, y in rows])
+        pairs = zip(*shares, strict=True)
+        wrong = np.array([np.interp(coverage, [0, *x], [0, *y]) for x, y in pairs])
+        risk = wrong / coverage
         low, high = np.quantile(risk[1:], [0.025, 0.975], axis=0)
         table = pd.DataFrame({"risk": risk[0], "risk_low": low, "risk_high": high})
-        band(axes, at, table, "risk", color=colour, label=name)
-    if kept.any():
-        point = (kept.mean(), 1 - right[kept].mean())
+        band(axes, coverage, table, "risk", color=colour, label=name)
+    sure = outcomes["confidence"] >= tau
+    if sure.any():
+        point = (sure.mean(), 1 - right[sure].mean())
         axes.plot(*point, "o", color=BLUE, ms=8, mec="white", label=f"confidence at least {tau:g}")
     axes.axhline(1 - right.mean(), color=GREY, ls="--", lw=1.2, label="random")
-    kept_of = f"answers kept of {len(right):,} (%)"
-    label(axes, xlabel=kept_of, ylabel="wrong among those kept (%)", title=title)
+    xlabel = f"answers kept of {len(right):,} (%)"
+    label(axes, xlabel=xlabel, ylabel="wrong among those kept (%)", title=title)
     axes.set(xlim=(0, 1.01), ylim=(0, None))
     legend(figure, axes, 3)
     return figure

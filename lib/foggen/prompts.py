@@ -129,9 +129,9 @@ EXEMPLARS = (
 
 def verification_text(question: str, options: Sequence[str], answer: str, context: str) -> str:
     """A question with the answer (a letter) to be checked, in the order of AutoMix's fields."""
-    given = f"Context: {context}\n\n" if context.strip() else ""
+    passage = f"Context: {context}\n\n" if context.strip() else ""
     stated = f"AI Generated Answer: {answer}. {options[LETTERS.index(answer)]}"
-    shown = f"{given}Question: {question}\n\n{option_lines(options)}\n\n{stated}"
+    shown = f"{passage}Question: {question}\n\n{option_lines(options)}\n\n{stated}"
     return f"{shown}\nInstruction: {_INSTRUCTION}\nEvaluation:"
 
 
@@ -189,8 +189,7 @@ _SINGLE_LETTER = re.compile(r"(?<![\w'’])(?!A\s+(?!AND\b|OR\b)\w\w)([A-Z])(?![
 
 def _after(mark: re.Pattern[str], text: str) -> str:
     """What follows the first mark; "" without one."""
-    found = mark.search(text)
-    return text[found.end() :] if found else ""
+    return "".join(mark.split(text, maxsplit=1)[1:])
 
 
 def _confidence(text: str) -> float | None:
@@ -316,8 +315,8 @@ def turn_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     _, content, ending = _rendered(tokenizer, turns).rpartition(_CONTENT)
     ids = _control_ids(tokenizer, ending) if content else []
     added = tokenizer.added_tokens_decoder
-    for place, token in enumerate(ids, 1):
-        if token in added and added[token].special:
-            return ids[:place]
-    trouble = f"ends an assistant's turn with {ending!r}; expected: a control token in it"
-    raise ChatTemplateError(f"the template of {tokenizer.name_or_path!r} {trouble}")
+    marks = [place for place, token in enumerate(ids) if token in added and added[token].special]
+    if not marks:
+        trouble = f"ends an assistant's turn with {ending!r}; expected: a control token in it"
+        raise ChatTemplateError(f"the template of {tokenizer.name_or_path!r} {trouble}")
+    return ids[: marks[0] + 1]

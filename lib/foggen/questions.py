@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import random
+from bisect import bisect
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
@@ -24,9 +25,8 @@ from foggen import sources
 from foggen.config import Columns, Settings, Source
 from foggen.inputs import is_local
 from foggen.prompts import LETTERS, SYSTEM_OPEN
-from foggen.sources import Kind, Table
+from foggen.sources import Kind, Table, normalised
 from foggen.sources import QuestionError as QuestionError
-from foggen.sources import normalised as normalised
 from foggen.store import ROOT, digest, progress
 
 DOMAINS = ("finance", "science", "coding", "law", "math", "kazakh_culture", "medical")  # rotation
@@ -36,7 +36,7 @@ TASKS = tuple(SYSTEM_OPEN)  # a file with the name of a task holds open-ended qu
 # Types
 
 
-def _name(value: Any) -> Any:
+def as_name(value: Any) -> Any:
     """A scalar as a name: 12, 12.0 and "12" are one; null, NaN and white space are none."""
     if value is None or isinstance(value, list | dict):
         return value
@@ -55,8 +55,8 @@ def _texts(value: Any) -> list[Any]:
 
 Text = Annotated[str, Field(pattern=r"\S", description="a nonempty text")]
 Texts = Annotated[tuple[Text, ...], BeforeValidator(_texts)]
-Name = Annotated[Text, BeforeValidator(_name)]
-Fact = Annotated[str | None, BeforeValidator(_name), Field(description="a text or a number")]
+Name = Annotated[Text, BeforeValidator(as_name)]
+Fact = Annotated[str | None, BeforeValidator(as_name), Field(description="a text or a number")]
 
 
 def _fact_key(question: Question | OpenQuestion) -> str:
@@ -114,14 +114,14 @@ class OpenQuestion(BaseModel, frozen=True, extra="ignore", coerce_numbers_to_str
     def _public_fields(cls, row: dict[str, Any]) -> dict[str, Any]:
         """The fields of SQuAD, TruthfulQA and GSM8K are read too."""
         answer = row.get("answer")
-        known = {"answers": answer, "fact": row.get("title")}
+        fields = {"answers": answer, "fact": row.get("title")}
         if "correct_answers" in row:
-            known["answers"] = [row.get("best_answer"), *_texts(row["correct_answers"])]
-            known["incorrect"] = row.get("incorrect_answers")
+            fields["answers"] = [row.get("best_answer"), *_texts(row["correct_answers"])]
+            fields["incorrect"] = row.get("incorrect_answers")
         if "####" in str(answer):
             solution, _, number = str(answer).rpartition("####")
-            known |= {"solution": solution.strip(), "answers": number.strip()}
-        return known | row
+            fields |= {"solution": solution.strip(), "answers": number.strip()}
+        return fields | row
 
 
 def load_questions(
@@ -148,8 +148,8 @@ def load_open_questions(path: Path) -> list[OpenQuestion]:
     table: Table = []
     for stem, rows in sources.file_tables(path, open_ended=True).items():
         for number, (place, row) in enumerate(rows):
-            given = {field: value for field, value in row.items() if value is not None}
-            table.append((place, {"task": stem, "id": f"{stem}-{number}"} | given))
+            filled = {field: value for field, value in row.items() if value is not None}
+            table.append((place, {"task": stem, "id": f"{stem}-{number}"} | filled))
     return _all(table, OpenQuestion)
 
 
@@ -191,10 +191,10 @@ def draw_balanced(pool: Questions, n: int, domains: Sequence[str], seed: int) ->
     domain would be drawn, and with them the same gold letters.
     """
     groups = by_domain(pool)
-    share, more = divmod(n, len(domains))
+    share, rest = divmod(n, len(domains))
     drawn = []
     for place, domain in enumerate(domains):
-        drawn += draw(groups.get(domain, []), share + (place < more), f"{seed}/{domain}")
+        drawn += draw(groups.get(domain, []), share + (place < rest), f"{seed}/{domain}")
     return drawn
 
 
@@ -210,9 +210,7 @@ def split_by_fact(pool: Questions, shares: Mapping[str, float], seed: int) -> Pa
         facts = sorted({question.fact_key for question in group})
         random.Random(f"{seed}/{domain}").shuffle(facts)
         ends = [round(total * len(facts)) for total in accumulate(shares.values())]
-        part_of: dict[str, str] = {}
-        for name, start, end in zip(shares, [0, *ends], ends, strict=False):
-            part_of |= dict.fromkeys(facts[start:end], name)
+        part_of = {fact: [*shares][bisect(ends, place)] for place, fact in enumerate(facts)}
         for question in group:
             parts[part_of[question.fact_key]].append(question)
     return parts
@@ -249,8 +247,8 @@ def _held_out(parts: Parts) -> Parts:
     for split in ("test", "dev", "train"):
         marks = [{question.fact_key, _text(question)} for question in parts[split]]
         apart = [q for q, mark in zip(parts[split], marks, strict=True) if not mark & seen]
-        if left := len(marks) - len(apart):
-            progress(f"  {left} questions left out of {split}: held-out splits have them too")
+        if shared := len(marks) - len(apart):
+            progress(f"  {shared} questions left out of {split}: held-out splits have them too")
         parts[split] = apart
         seen = seen.union(*marks)
     return parts
@@ -262,9 +260,9 @@ def _text(question: Question) -> str:
     return digest([normalised(question.context), normalised(question.question), options])
 
 
-def _from_sources(given: Sequence[Source]) -> Parts:
+def _from_sources(entries: Sequence[Source]) -> Parts:
     parts: Parts = {split: [] for split in SHARES}
-    for source in given:
+    for source in entries:
         for split, group in _roles(source.use, load_source(source)).items():
             parts[split] += group
     counts = Counter(question.id for group in parts.values() for question in group)
@@ -279,9 +277,8 @@ def _roles(use: str | None, groups: Parts) -> Parts:
     if use in SHARES:
         return {use: together}
     parts: Parts = {}
-    for name, group in groups.items():
-        if name in ROLES:
-            parts[ROLES[name]] = parts.get(ROLES[name], []) + group
+    for name in filter(ROLES.get, groups):
+        parts.setdefault(ROLES[name], []).extend(groups[name])
     if use == "divide" or "test" not in parts:
         return split_by_fact(together, SHARES, seed=0)
     if "train" in parts and "dev" not in parts:
@@ -332,15 +329,13 @@ def open_splits(settings: Settings) -> dict[str, list[OpenQuestion]]:
     test = settings.data.open_ended
     if test != "hub":
         bank = ROOT / settings.data.bank / "open_ended"
-        files = {
-            "train": bank / "train.jsonl",
-            "test": ROOT / test if test else bank / "test.jsonl",
-        }
+        files = {"train": bank / "train.jsonl", "test": bank / "test.jsonl"}
+        files |= {"test": ROOT / test} if test else {}
         return {split: load_open_questions(file) for split, file in files.items()}
     evaluated = settings.open_ended.eval_questions
     chosen: dict[str, Table] = {"train": [], "test": []}
-    for task, asked in r15_asked(settings).items():
+    for task, count in r15_asked(settings).items():
         skip = evaluated if OPEN_TRAIN[task] == OPEN_TEST[task] else 0
         chosen["test"] += sources.open_table(task, OPEN_TEST[task])[:evaluated]
-        chosen["train"] += sources.open_table(task, OPEN_TRAIN[task])[skip : skip + asked]
+        chosen["train"] += sources.open_table(task, OPEN_TRAIN[task])[skip : skip + count]
     return {split: _all(table, OpenQuestion) for split, table in chosen.items()}

@@ -5,8 +5,6 @@ A resample is a row of counts: how often each question is in it. A statistic map
 serves them all. Knows no metric.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,18 +20,16 @@ Array = NDArray[np.floating[Any]]
 Codes = NDArray[np.intp]
 Values = dict[str, Array]
 Statistic = Callable[[Frame, Array], Values]
-Fit = Callable[[Frame], Any]
-Judge = Callable[[Any, Frame], Frame]
 
 MEAN = "mean"
 FEW = 20  # facts: fewer hardly tell an interval
-PROPORTIONS = (  # how the names of metrics begin that are shares of questions
-    *("cloud", "raw", "random", "sysacc", "routed", "oracle", "share", "parsed", "bucket"),
-    *("accuracy", "local_accuracy"),
+# How the names of metrics begin that are shares of questions
+PROPORTIONS = tuple(
+    "cloud raw random sysacc routed oracle share parsed bucket accuracy local_accuracy".split()
 )
-ERRORS = ("mean_confidence", "ece_bucket", "ece_bucket_debiased", "ece_mass", "ece_mass_debiased")
+_PARSED = "mean_confidence ece_bucket ece_bucket_debiased ece_mass ece_mass_debiased brier".split()
 UNDEFINED = {  # metric: why it may be
-    **dict.fromkeys((*ERRORS, "brier"), "no parsed confidence"),
+    **dict.fromkeys(_PARSED, "no parsed confidence"),
     "auroc": "answers all right or all wrong",
     "gap_recovered": "the cloud is no better than the edge",
 }
@@ -69,8 +65,7 @@ def fact_codes(outcomes: Frame) -> Codes:
     names = "question " + outcomes["id"].astype(str)
     if "fact" in outcomes:
         names = names.where(outcomes["fact"].isna(), "fact " + outcomes["fact"].astype(str))
-    codes: Codes = pd.factorize(names)[0]
-    return codes
+    return np.asarray(pd.factorize(names)[0])
 
 
 def draw_counts(codes: Codes, resamples: int, rng: np.random.Generator) -> Array:
@@ -136,10 +131,10 @@ class Bootstrap:
         table = np.array([quantile_interval(row, n, level, centre) for row, n in rows])
         if metric.startswith(self.proportions):
             sizes[-1] = len(filled) ** 2 / (1 / filled).sum()  # the mean spreads as so many facts
-            whole = draws[:, 0].round()
-            sure = np.abs(draws[:, 0] - whole) < _NOISE
-            ends = proportion_confint((whole * sizes)[sure], sizes[sure], 1 - level, "beta")
-            table[sure, :2] = np.transpose(ends)
+            rates = draws[:, 0].round()
+            exact = np.abs(draws[:, 0] - rates) < _NOISE  # none, or all
+            ends = proportion_confint((rates * sizes)[exact], sizes[exact], 1 - level, "beta")
+            table[exact, :2] = np.transpose(ends)
         return table
 
     def table(self) -> Frame:
@@ -203,20 +198,20 @@ def bootstrap(
     seeds = pd.factorize(outcomes.get("seed", np.zeros(len(outcomes))))[0]
     noise = seed_noise(seeds.max() + 1, resamples, np.random.default_rng([seed, len(names)]))
     noise = np.insert(noise, 0, 0.0, axis=1)  # the estimate stands before the draws
-    measured, counted = [], []
-    for d, name in enumerate(names):
+    # Every domain has draws of its own
+    sizes, draws = [], []
+    for number, name in enumerate(names):
         inside = (domain == name).to_numpy()
-        frame, rng = outcomes[inside], np.random.default_rng([seed, d])
-        counted.append((frame["id"].nunique(), len(np.unique(fact_codes(frame)))))
-        known = inside.any()
-        measured.append(_drawn(frame, seeds[inside], statistic, noise, rng) if known else {})
+        frame, rng = outcomes[inside], np.random.default_rng([seed, number])
+        sizes.append((frame["id"].nunique(), len(np.unique(fact_codes(frame)))))
+        draws.append(_drawn(frame, seeds[inside], statistic, noise, rng) if len(frame) else {})
     # Add the mean of the domains
     blank, values = np.full(1 + resamples, np.nan), {}
-    for metric in max(measured, key=len):
-        rows = np.array([drawn.get(metric, blank) for drawn in measured])
+    for metric in max(draws, key=len):
+        rows = np.array([drawn.get(metric, blank) for drawn in draws])
         rows = np.vstack([rows, mean_defined(rows)])
         values[metric] = np.where(np.abs(rows) < _NOISE, 0.0, rows)
-    questions, facts = np.array([*counted, np.sum(counted, axis=0)]).T
+    questions, facts = np.array([*sizes, np.sum(sizes, axis=0)]).T
     ids = list(zip(outcomes["id"], seeds, strict=True))
     return Bootstrap(ids, [*map(str, names), MEAN], questions, facts, values)
 
@@ -225,14 +220,14 @@ def _drawn(
     frame: Frame, seeds: Codes, statistic: Statistic, noise: Array, rng: np.random.Generator
 ) -> Values:
     """{metric: (1 + resamples,)} of one domain's questions, with noise (seeds, 1 + resamples)."""
-    places = {s: np.flatnonzero(seeds == s) for s in np.unique(seeds)}
-    parts = [(frame.iloc[at], at) for at in places.values()]
+    places = {seed: np.flatnonzero(seeds == seed) for seed in np.unique(seeds)}
+    parts = [(frame.iloc[rows], rows) for rows in places.values()]
     resamples = _counts(fact_codes(frame), noise.shape[1] - 1, rng)
-    chunks = [[statistic(part, counts[:, at]) for part, at in parts] for counts in resamples]
+    chunks = [[statistic(part, counts[:, rows]) for part, rows in parts] for counts in resamples]
     values = {}
     for metric in chunks[0][0]:
         # From chunks of (seeds, resamples): (seeds, 1 + resamples)
-        by_seed = np.hstack([[part[metric] for part in chunk] for chunk in chunks])
+        by_seed = np.hstack([[measured[metric] for measured in chunk] for chunk in chunks])
         values[metric] = _over_seeds(by_seed, noise[[*places]])
     return values
 
@@ -253,23 +248,24 @@ def paired_table(sides: Mapping[str, Bootstrap], metric: str) -> Frame:
 
 def annotate(table: Frame) -> Frame:
     """The table of domains and mean with a `note`: why cells are NaN, and where facts are few."""
-    names = [name for name in table if not name.endswith(("_low", "_high", "note"))]
-    inner = table.loc[table["domain"] != MEAN, names]
-    partly, few = inner.isna().any(), inner["facts"].between(1, FEW - 1).sum()
+    metrics = [name for name in table if not name.endswith(("_low", "_high", "note"))]
+    domains = table["domain"] != MEAN
+    partly = table.loc[domains, metrics].isna().any()
+    few = table.loc[domains, "facts"].between(1, FEW - 1)
     notes = []
-    for _, row in table[names].iterrows():
-        reasons: dict[str, list[str]] = {}
-        for name in row.index[row.isna()]:
-            reasons.setdefault(UNDEFINED.get(name, "undefined"), []).append(name)
-        note = [f"{', '.join(cells)}: {reason}" for reason, cells in reasons.items()]
+    for place, row in table[metrics].iterrows():
+        missing = row.index[row.isna()].to_series()
+        groups = missing.groupby(missing.map(UNDEFINED).fillna("undefined"), sort=False)
+        note = [f"{', '.join(names)}: {reason}" for reason, names in groups]
         if not row["n"]:
             note = ["no questions"]
-        elif row["domain"] != MEAN:
-            note += [f"fewer than {FEW} facts: hardly an interval"] if row["facts"] < FEW else []
-        elif cells := list(row.index[partly & row.notna()]):
-            note.append(f"{', '.join(cells)}: mean of the domains where defined")
-        if row["domain"] == MEAN and few:
-            note.append(f"{few} domains of fewer than {FEW} facts")
+        elif few.get(place):
+            note.append(f"fewer than {FEW} facts: hardly an interval")
+        elif not domains[place]:
+            averaged = [name for name in metrics if partly[name] and pd.notna(row[name])]
+            where = "mean of the domains where defined"
+            note += [f"{', '.join(averaged)}: {where}"] if averaged else []
+            note += [f"{few.sum()} domains of fewer than {FEW} facts"] if few.any() else []
         notes.append("; ".join(note))
     return table.assign(note=notes)
 
@@ -277,36 +273,3 @@ def annotate(table: Frame) -> Frame:
 def stack(tables: Mapping[Any, Frame], name: str) -> Frame:
     """The tables one under the other, with their keys as the first column, `name`."""
     return pd.concat(tables, names=[name]).reset_index(level=0).reset_index(drop=True)
-
-
-def nested_bootstrap(
-    dev: Frame, test: Frame, fit: Fit, evaluate: Judge, resamples: int = 1000, seed: int = 0
-) -> Frame:
-    """Percentile intervals with the noise of choosing: copies of `dev` fit, copies of `test` judge.
-
-    What `evaluate` gives for `fit(dev)` on `test`, after n questions, with `_low` and `_high` (95%)
-    beside each column. Copies are of whole facts, within each domain. The ends are NaN where the
-    value is undefined in more than 2.5% of the copies.
-    """
-    rng = np.random.default_rng(seed)
-
-    def copier(outcomes: Frame) -> Callable[[], Frame]:
-        places = [*outcomes.groupby("domain", sort=False, observed=True).indices.values()]
-        strata = [fact_codes(outcomes.iloc[rows]) for rows in places]
-
-        def copy() -> Frame:
-            times = np.hstack([draw_counts(codes, 1, rng)[0] for codes in strata])
-            return outcomes.iloc[np.repeat(np.hstack(places), times.astype(int))]
-
-        return copy
-
-    value, from_dev, from_test = evaluate(fit(dev), test), copier(dev), copier(test)
-    copies = (evaluate(fit(from_dev()), from_test()) for _ in range(resamples))
-    draws = Frame([copy.to_numpy(float).ravel() for copy in copies])
-    ends = draws.quantile([0.025, 0.975])
-    ends.loc[:, draws.isna().mean() > 0.025] = np.nan
-    low, high = ends.to_numpy().reshape(2, *value.shape)
-    columns = {"n": test["id"].nunique()}
-    for i, name in enumerate(value):
-        columns |= {name: value[name], f"{name}_low": low[:, i], f"{name}_high": high[:, i]}
-    return Frame(columns, value.index)

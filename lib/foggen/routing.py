@@ -4,31 +4,32 @@ Holds the outcomes table and its checks, the tables and the choice of a threshol
 compare as routers. Must not know how an outcome came about: no model, no prompt, no figure.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 from pandas import DataFrame as Frame
-from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, create_model
 from scipy.stats import binom
 from sklearn.compose import make_column_transformer
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
+from statsmodels.stats.multitest import multipletests
 
 from foggen import resampling, stats
 from foggen.inputs import TableError, read_rows
 from foggen.prompts import BUCKETS, LETTERS
+from foggen.questions import Fact, as_name
 from foggen.resampling import MEAN, Array, Values, bootstrap, means, ratio
 from foggen.store import ROOT, read_json
 
 # ---- the outcomes table
+
+OutcomesError = TableError  # a file or a value that cannot be used: the message names its place
 
 
 def _number(value: Any) -> Any:
@@ -37,20 +38,11 @@ def _number(value: Any) -> Any:
     return words.get(str(value).strip().lower(), value)
 
 
-def _name(value: Any) -> Any:
-    """The text of a scalar: 12 and 12.0 are "12", blanks are missing."""
-    if not pd.api.types.is_scalar(value) or pd.isna(value):
-        return None if pd.api.types.is_scalar(value) else value
-    whole = isinstance(value, float) and value.is_integer()
-    return str(int(value) if whole else value).strip() or None
-
-
 SHARE, COUNT = "a number from 0 to 1", "a number of at least 0"
 Correct = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1, description=SHARE)]
 Score = Annotated[Correct | None, BeforeValidator(_number), Field(description=f"{SHARE}, or empty")]
 Count = Annotated[float, Field(ge=0, description=COUNT)]
-Name = Annotated[str, BeforeValidator(_name)]
-Fact = Annotated[str | None, BeforeValidator(_name)]
+Name = Annotated[str, BeforeValidator(as_name)]
 
 
 class Outcome(BaseModel, extra="allow", allow_inf_nan=False, regex_engine="python-re"):
@@ -83,19 +75,12 @@ class Outcome(BaseModel, extra="allow", allow_inf_nan=False, regex_engine="pytho
     fact: Fact = Field(None, description="a name")  # its questions are resampled together
 
 
-class OutcomesError(ValueError):
-    """An outcomes table that cannot be used; the message names file, row, column and form."""
-
-
 def read_outcomes(path: Path | str, scores: Sequence[str] = ()) -> Frame:
     """Read and check outcomes from a .csv, .jsonl or .parquet file; raises `OutcomesError`.
 
     `scores` names further columns to rank by: numbers from 0 to 1, or empty.
     """
-    try:
-        return _checked(read_rows(path), str(path), scores)
-    except TableError as error:
-        raise OutcomesError(str(error)) from error
+    return _checked(read_rows(path), str(path), scores)
 
 
 def check_outcomes(outcomes: Frame, source: str = "outcomes", scores: Sequence[str] = ()) -> Frame:
@@ -107,34 +92,35 @@ def check_outcomes(outcomes: Frame, source: str = "outcomes", scores: Sequence[s
 
 def _checked(table: list[tuple[str, Any]], source: str, scores: Sequence[str]) -> Frame:
     """Rows with their places as a table; raises `OutcomesError` with what is wrong with them."""
+    if not table:
+        raise OutcomesError(f"{source}: no rows; expected one per question")
     added: dict[str, Any] = dict.fromkeys(scores, (Score, ...))
     kind: Any = create_model("Scored", __base__=Outcome, **added)
     fields = kind.model_fields
     required = [name for name, field in fields.items() if field.is_required()]
     columns = list(dict.fromkeys(name for _, row in table for name in row))
-    optional = {name: None for name in columns if name not in required}
     absent = [name for name in required if name not in columns]
     problems = [f"{source}: no column `{name}`; expected {', '.join(required)}" for name in absent]
-    rows: list[Any] = []
-    try:
-        rows = TypeAdapter(list[kind]).validate_python([optional | row for _, row in table])
-    except ValidationError as error:
-        cells = dict.fromkeys((int(e["loc"][0]), str(e["loc"][1])) for e in error.errors())
-        for r, name in (cell for cell in cells if cell[1] in columns):
-            place, row = table[r]
-            value = repr(row[name])[:60] if name in row else "missing"
-            form = fields[name].description
-            problems.append(f"{place}, column `{name}`: {value}; expected {form}")
-    keys = Frame([(str(_name(row.get("id"))), str(row.get("seed"))) for _, row in table])
-    for r in np.flatnonzero(keys.duplicated()):
-        problems.append(f"{table[r][0]}, column `id`: {keys[0][r]!r} is there twice")
-    if problems or not table:
-        problems = problems if table else [f"{source}: no rows; expected one per question"]
+    # Every row by itself
+    empty, rows = dict.fromkeys(name for name in columns if name not in required), []
+    for place, row in table:
+        try:
+            rows.append(kind.model_validate(empty | row).model_dump())
+        except ValidationError as error:
+            names = dict.fromkeys(str(problem["loc"][0]) for problem in error.errors())
+            for name in (name for name in names if name in columns):
+                value = repr(row[name])[:60] if name in row else "missing"
+                form = fields[name].description
+                problems.append(f"{place}, column `{name}`: {value}; expected {form}")
+    # No question twice
+    keys = Frame([(str(as_name(row.get("id"))), str(row.get("seed"))) for _, row in table])
+    for number in np.flatnonzero(keys.duplicated()):
+        problems.append(f"{table[number][0]}, column `id`: {keys[0][number]!r} is there twice")
+    if problems:
         more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
         raise OutcomesError("\n".join(problems[:20] + more))
-    outcomes = Frame([row.model_dump() for row in rows], columns=columns)
     numbers = [name for name in columns if "float" in str(fields.get(name))]
-    return outcomes.astype(dict.fromkeys(numbers, float))
+    return Frame(rows, columns=columns).astype(dict.fromkeys(numbers, float))
 
 
 # ---- SysAcc, random, lift
@@ -222,18 +208,18 @@ def choose_tau(
     if (max_cloud_share is None) == (max_risk is None):
         raise ValueError("choose_tau: give one of max_cloud_share=0..1 and max_risk=0..1")
     overrun = 0.0
-    if max_risk is None:
+    if max_cloud_share is not None:
         table = _candidates(outcomes, sorted(candidates), score)
-        budget = float(max_cloud_share or 0)
-        best, overrun = _within_budget(outcomes, table, score, budget, seed)
-        reason = f"most accurate with cloud share <= {budget:g} here; elsewhere {overrun:.3f} more"
+        best, overrun = _within_budget(outcomes, table, score, max_cloud_share, seed)
+        here = f"most accurate with cloud share <= {max_cloud_share:g} here"
+        reason = f"{here}; elsewhere {overrun:.3f} more"
     else:
         outcomes = _independent(outcomes, seed)
         table = _candidates(outcomes, [*sorted(candidates), math.inf], score)
         p = binom.cdf(table["errors"], table["kept"], max_risk)
-        adjusted = np.append(stats.holm(p[:-1]), 0.0)  # tau = inf keeps no wrong answer
-        table = table.assign(p=p, p_holm=adjusted)
-        best = int((table["p_holm"] <= delta).argmax())
+        adjusted = multipletests(p[:-1], method="holm")[1]
+        table = table.assign(p=p, p_holm=[*adjusted, 0.0])  # tau = inf keeps no wrong answer
+        best = (table["p_holm"] <= delta).idxmax()
         reason = f"lowest tau with error of kept answers <= {max_risk} at confidence {1 - delta:g}"
     tau, accuracy, share, risk = table.loc[best, ["tau", "accuracy", "cloud_share", "risk"]]
     return TauChoice(tau, accuracy, share, risk, overrun, len(outcomes), table, reason)
@@ -253,18 +239,20 @@ def _within_budget(
     outcomes: Frame, table: Frame, score: str, budget: float, seed: int
 ) -> tuple[int, float]:
     """The place of the most accurate candidate, and the mean overrun of choices on resamples."""
+    allowed, shares = table["cloud_share"] <= budget, table["cloud_share"].to_numpy()
+    if not allowed.any():
+        trouble = f"no candidate routes at most {budget}; the least is {shares.min():.3f}"
+        raise ValueError(f"choose_tau: {trouble}")
+    best = table["accuracy"].where(allowed).idxmax()
+    # Choose again on resamples: arrays (resamples, taus)
     local, cloud = (values[:, None] for values in stats.correctness(outcomes))
     keep = outcomes[score].to_numpy(float)[:, None] >= table["tau"].to_numpy()
-    codes, rng = resampling.fact_codes(outcomes), np.random.default_rng(seed)
-    counts = resampling.draw_counts(codes, 200, rng)
-    counts = np.vstack([np.ones((1, len(outcomes))), counts])  # the outcomes themselves first
+    rng = np.random.default_rng(seed)
+    counts = resampling.draw_counts(resampling.fact_codes(outcomes), 200, rng).astype(float)
     accuracy, share = means(counts, np.where(keep, local, cloud)), means(counts, ~keep)
-    if share[0].min() > budget:
-        trouble = f"no candidate routes at most {budget}; the least is {share[0].min():.3f}"
-        raise ValueError(f"choose_tau: {trouble}")
     # Where no candidate fits a resample, the one that routes least
-    best = np.where(share <= budget, accuracy, -share).argmax(axis=1)
-    return int(best[0]), float(np.maximum(share[0, best[1:]] - budget, 0).mean())
+    choices = np.where(share <= budget, accuracy, -share).argmax(axis=1)
+    return int(best), float(np.maximum(shares[choices] - budget, 0).mean())
 
 
 def _independent(outcomes: Frame, seed: int) -> Frame:
@@ -285,11 +273,11 @@ def _independent(outcomes: Frame, seed: int) -> Frame:
 
 
 def vote_share(outcomes: Frame) -> Array:
-    """Self-consistency: the share of votes for the local answer, or else for the commonest."""
-    commonest = [max(set(v) - {"-"}, key=v.count, default="") for v in outcomes["votes"]]
-    answers = outcomes["local_answer"].fillna("") if "local_answer" in outcomes else commonest
-    pairs = zip(outcomes["votes"], answers, strict=True)
-    return np.array([v.count(answer) / len(v) if answer else 0.0 for v, answer in pairs])
+    """Self-consistency: the share of the sampled votes for the local answer; 0 without one."""
+    pairs = zip(outcomes["votes"], outcomes["local_answer"].fillna(""), strict=True)
+    return np.array(
+        [votes.count(letter) / len(votes) if letter else 0.0 for votes, letter in pairs]
+    )
 
 
 def text_router(train: Frame, test: Frame, numbers: Sequence[str] = ()) -> Array:
@@ -309,7 +297,7 @@ def text_router(train: Frame, test: Frame, numbers: Sequence[str] = ()) -> Array
     return np.asarray(model.predict_proba(test)[:, 1])
 
 
-# ---- published rows and display
+# ---- published rows
 
 
 def published(name: str = "fg") -> Frame:
@@ -322,26 +310,3 @@ def published(name: str = "fg") -> Frame:
         table["lift"] = table["sysacc"] - table["random"]
         table.loc[mean, "lift"] = table.loc[~mean, "lift"].mean()  # 4.64, rounded columns give 4.7
     return table
-
-
-def percent(table: Frame, names: Mapping[str, str] | None = None, digits: int = 1) -> Frame:
-    """For display: shares as percent with their intervals, `57.0 [55.1, 58.9]`, - for NaN.
-
-    AUROC, AURC, ECE, Brier score and dIBC stay numbers from 0 to 1, other costs and p as they are.
-    `names` {column: header} keeps these columns only, in this order and under their headers.
-    """
-    shown = table[[name for name in table if not name.endswith(("_low", "_high"))]].copy()
-    for name, values in shown.select_dtypes("float").items():
-        sign = "+" if name in ("lift", "area", "difference") else ""
-        scale, form = 100, f"{{:{sign}z.{digits}f}}"
-        if name in ("tau", "p", "p_holm", "forward_passes", "extra_tokens"):
-            scale, form = 1, "{:.3g}"
-        elif name.startswith(("auroc", "aurc", "ece", "brier", "dibc")):
-            scale, form = 1, "{:+z.2f}" if name.startswith("dibc") else "{:z.3f}"
-        shown[name] = (scale * values).map(form.format).where(values.notna(), "-")
-        if f"{name}_low" in table:
-            ends = [scale * table[f"{name}_{end}"] for end in ("low", "high")]
-            low, high = (end.map(form.format) for end in ends)
-            texts = shown[name] + " [" + low + ", " + high + "]"
-            shown[name] = shown[name].mask(ends[0].notna(), texts)
-    return shown if names is None else shown[[*names]].rename(columns=names)

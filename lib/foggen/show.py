@@ -11,7 +11,7 @@ from pandas import DataFrame as Frame
 
 from foggen.store import Run, write_text
 
-PERCENT = (100, "{:.1f}")
+PERCENT = (100, "{:z.1f}")
 FORMS: dict[str, tuple[float, str]] = {  # by the first word of a metric's name; others are percent
     **dict.fromkeys(("auroc", "ece", "brier", "aurc"), (1, "{:.2f}")),
     **dict.fromkeys(("lift", "difference", "gain", "area"), (100, "{:+z.1f}")),

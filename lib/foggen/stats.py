@@ -5,8 +5,6 @@ and works on arrays or on outcomes tables (see `foggen.routing`). Knows no model
 threshold.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -16,6 +14,7 @@ from numpy.typing import ArrayLike
 from pandas import DataFrame as Frame
 from scipy.sparse import csr_array
 from scipy.special import ndtr
+from statsmodels.stats.multitest import multipletests
 
 from foggen.prompts import BUCKETS
 from foggen.resampling import MEAN, Array, Codes, Values, bootstrap, fact_codes, means, ratio, stack
@@ -57,8 +56,7 @@ def aurc(count: Array, right: Array) -> Array:
 
 def buckets(confidence: Array) -> Codes:
     """Index of the nearest of the five confidence buckets."""
-    nearest: Codes = np.abs(confidence[:, None] - np.array(BUCKETS)).argmin(axis=1)
-    return nearest
+    return np.asarray(np.abs(confidence[:, None] - np.array(BUCKETS)).argmin(axis=1))
 
 
 def equal_mass(confidence: Array, bins: int = 10) -> Codes:
@@ -157,8 +155,7 @@ def correctness(frame: Frame) -> tuple[Array, Array]:
 
 def router_score(outcomes: Frame, column: str = "confidence") -> Array:
     """What a router ranks by: the column, or -1 where unparsed, which is routed before all else."""
-    score: Array = outcomes[column].fillna(-1.0).to_numpy(float)
-    return score
+    return np.asarray(outcomes[column].fillna(-1.0), dtype=float)
 
 
 def routed_gain(count: Array, gain: Array, share: ArrayLike | None) -> Array:
@@ -204,7 +201,8 @@ def system(frame: Frame, counts: Array, routed: Array) -> Values:
     local, cloud = correctness(frame)
     gain = cloud - local
     share = means(counts, routed)
-    raw, clouds = (means(counts, column)[:, None] + 0 * share for column in (local, cloud))
+    raw = np.broadcast_to(means(counts, local)[:, None], share.shape)
+    clouds = np.broadcast_to(means(counts, cloud)[:, None], share.shape)
     random = (1 - share) * raw + share * clouds
     sysacc = raw + means(counts, routed * gain[:, None])
     count, gains = tie_sums(-gain, counts, gain)
@@ -230,18 +228,8 @@ def score_table(
     table = stack({score: run.table() for score, run in runs.items()}, "score")
     tested = table[(table["score"] != scores[0]) & table["p"].notna()]
     families = tested.groupby(tested["domain"] == MEAN)["p"]
-    return table.assign(p_holm=families.transform(holm))
-
-
-def holm(p: ArrayLike) -> Array:
-    """Holm's adjusted p-values, in the order given: the family-wise error is that of one test.
-
-    statsmodels has them too, but collects all garbage at every call: seconds in a notebook.
-    """
-    values = np.asarray(p, float)
-    order = np.argsort(values)
-    steps = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
-    return np.asarray(np.minimum(steps, 1.0)[np.argsort(order)])
+    adjusted = families.transform(lambda p: multipletests(p, method="holm")[1])
+    return table.assign(p_holm=adjusted)
 
 
 def share_curve(
@@ -261,13 +249,14 @@ def share_curve(
         return {f"{name} {k}": v for name in names for k, v in enumerate(curves[name].T)}
 
     result = bootstrap(outcomes, statistic, **{"resamples": 1000, **options})
-    # Mean over domains, (points, 1 + resamples): read off at the same shares in every resample
-    lines = {name: [result.values[f"{name} {k}"][-1] for k in range(points)] for name in names}
-    curves = {name: np.array(line) for name, line in lines.items()}
+    # Means over domains: (names, points, 1 + resamples)
+    means_over_domains = np.array([values[-1] for values in result.values.values()])
+    routed, *curves = means_over_domains.reshape(len(names), points, -1)
     table = {"share": shares, "n": outcomes["id"].nunique()}
-    for name in names[1:]:
-        pairs = zip(curves["routed"].T, curves[name].T, strict=True)
-        drawn = np.array([np.interp(shares, routed, values) for routed, values in pairs])
+    for name, curve in zip(names[1:], curves, strict=True):
+        # Read off at the same shares in every resample
+        pairs = zip(routed.T, curve.T, strict=True)
+        drawn = np.array([np.interp(shares, x, y) for x, y in pairs])
         low, high = np.quantile(drawn[1:], [0.025, 0.975], axis=0)
         table |= {name: drawn[0], f"{name}_low": low, f"{name}_high": high}
     return Frame(table)

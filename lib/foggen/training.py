@@ -4,8 +4,6 @@ Holds what TRL is given, what a training leaves behind, and on which devices it 
 of labels, rounds or evaluation.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import subprocess
