@@ -55,9 +55,8 @@ class Completion:
     finished: bool
 
 
-NOTHING = Completion(
-    "", 0, finished=False
-)  # in place of an answer that a failing cloud did not give
+# In place of an answer that a failing cloud did not give
+NOTHING = Completion("", 0, finished=False)
 
 
 class Engine(Protocol):
