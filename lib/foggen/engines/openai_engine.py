@@ -172,7 +172,7 @@ def read_reply(body: bytes, key: str = "") -> Completion | None:
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     text = "".join(text for text in texts if isinstance(text, str))
     text = text.encode("utf-8", "replace").decode()  # half a surrogate pair could not be written
-    tokens = usage.get("completion_tokens") if isinstance(usage, dict) else 0
+    tokens: Any = usage.get("completion_tokens") if isinstance(usage, dict) else 0
     known = type(tokens) is int and 0 <= tokens < 10**9
     return Completion(masked(text, key), tokens if known else 0, finished)
 

@@ -98,8 +98,8 @@ class TransformersEngine(Engine):
             rows.take(torch.tensor([place for place, _, _ in paths], device=self.device))
             read = self._padded([[whole[i][-1], *head] for _, i, head in paths], "right")
             logits = self._read(rows, *read, keep=read[0].shape[1])
-            logs = tempered(logits, temperature, top_p, top_k).log_softmax(-1)
-            for (_, i, head), log in zip(paths, logs, strict=True):  # log: [places, vocabulary]
+            for (_, i, head), row in zip(paths, logits, strict=True):  # row: [places, vocabulary]
+                log = tempered(row, temperature, top_p, top_k).log_softmax(-1)
                 for end in ends[i]:
                     if end not in found[i] and head[: len(end) - 1] == end[:-1]:
                         found[i][end] = float(log[range(len(end)), end].sum())
