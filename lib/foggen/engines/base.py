@@ -128,6 +128,26 @@ class EngineSlot:
             self.engine = self.model = None
 
 
+def constrained_texts(engine: Engine, prompts: Chats, steps: Sequence[Texts]) -> list[str]:
+    r"""What a model answers that can write nothing but certain texts: structured outputs, greedily.
+
+    `steps[k][i]`: the choices of prompt i at step k. The likeliest one is taken, and goes on:
+
+        steps = [[["Confidence: 0.0", "Confidence: 1.0"]], [["\nFinal answer: A", ...]]]
+        constrained_texts(engine, [prompt], steps) == ["Confidence: 1.0\nFinal answer: A"]
+
+    Choices are compared whole. A grammar that rules out tokens one by one (vLLM's `choice`) can
+    write another where a choice begins likely and goes on unlikely. Needs an engine with `score`.
+    """
+    texts = [""] * len(prompts)
+    for choices in steps:
+        pairs = zip(texts, choices, strict=True)
+        wanted = [[text + choice for choice in own] for text, own in pairs]
+        rows = engine.score(prompts, wanted)
+        texts = [own[row.index(max(row))] for own, row in zip(wanted, rows, strict=True)]
+    return texts
+
+
 def text_ids(tokenizer: Any, texts: Texts) -> list[list[tuple[int, ...]]]:
     """Token ids of the texts that `score` is asked for. Raises EngineError for an empty one."""
     ids = {text: tuple(plain_ids(tokenizer, text)) for own in texts for text in own}
