@@ -32,7 +32,14 @@ from foggen.engines import EngineError, EngineSlot, Sampling, base, make_engine
 from foggen.engines import transformers_engine as module
 from foggen.engines.transformers_engine import TransformersEngine
 from foggen.engines.vllm_engine import VLLMEngine, beginnings
-from foggen.prompts import Messages, encode_chat, plain_ids
+from foggen.prompts import (
+    ANSWER_PREFIX,
+    BUCKET_TEXTS,
+    Messages,
+    encode_chat,
+    parse_response,
+    plain_ids,
+)
 
 ENDS = [" 0.75\nFinal answer: A", " 0.75", " 0.5", " 0.75\nFinal answer: B", " A", " 1.0"]
 
@@ -239,6 +246,20 @@ def test_score_is_the_mean_of_many_samples(engine: TransformersEngine, top: dict
     for text, score in zip(texts, engine.score([prompt], [texts], 0.7, **top)[0], strict=True):
         p = math.exp(score)
         assert abs(drawn[text] / count - p) < 4 * math.sqrt(p * (1 - p) / count)
+
+
+def test_constrained_texts_are_the_likeliest_choices(engine: TransformersEngine) -> None:
+    buckets = [f"Confidence: {text}" for text in BUCKET_TEXTS]
+    letters = [[f"{ANSWER_PREFIX} {letter}" for letter in "ABCDE"[: 2 + k]] for k in range(4)]
+    texts = base.constrained_texts(engine, chats(4), [[buckets] * 4, letters])
+    for k, (prompt, text) in enumerate(zip(chats(4), texts, strict=True)):
+        first = max(buckets, key=lambda choice: chain_rule(engine, prompt, choice, 1))
+        whole = [first + letter for letter in letters[k]]
+        assert text == max(whole, key=lambda choice: chain_rule(engine, prompt, choice, 1))
+        assert parse_response(text, 2 + k).answer is not None
+    free = [text for (text,) in engine.generate(chats(4), Sampling(max_tokens=16))]
+    assert all(parse_response(answer.text).answer is None for answer in free), "it was the rule"
+    assert base.constrained_texts(engine, [], [[], []]) == []
 
 
 def test_stop_strings_end_and_are_cut(engine: TransformersEngine) -> None:

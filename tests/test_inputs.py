@@ -117,17 +117,17 @@ ANSWERS: dict[str, tuple[int, dict[str, str], str]] = {
     "gated": (
         403,
         {"X-Error-Code": "GatedRepo"},
-        "it is gated: ask for access at .*/owner/name, then",
+        "Cannot access gated repo .*/owner/name; .*`hf auth login`",
     ),
-    "missing": (404, {"X-Error-Code": "RepoNotFound"}, "not at .*, or private: `hf auth login`"),
+    "missing": (404, {"X-Error-Code": "RepoNotFound"}, "Repository Not Found .*`hf auth login`"),
     "revision": (
         404,
         {"X-Error-Code": "RevisionNotFound"},
-        "no such revision: see .*/commits/main",
+        "Revision Not Found",
     ),
-    "busy": (429, {}, "the hub answered 429 Too Many Requests: try again later"),
-    "down": (503, {}, "the hub answered 503 Service Unavailable"),
-    "broken": (500, {}, "the hub answered 500 Internal Server Error"),
+    "busy": (429, {}, "429 Too Many Requests"),
+    "down": (503, {}, "503 Service Unavailable"),
+    "broken": (500, {}, "500 Internal Server Error"),
 }
 
 
@@ -194,8 +194,8 @@ def test_without_a_connection_the_cache_answers(
     settings = override(load_profile("pocket"), {"edge.model": NAME})
     serve(monkeypatch, "http://127.0.0.1:9")
     for offline, reason in (
-        (False, "the connection to the hub failed .*refused"),
-        (True, "not in this machine's cache, and HF_HUB_OFFLINE is set"),
+        (False, "Connection refused"),
+        (True, "HF_HUB_OFFLINE|outgoing traffic has been disabled"),
     ):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
         for ask in (lambda: model_folder(NAME), lambda: pin(settings)):
@@ -213,18 +213,19 @@ def wrapped(error: Exception, cause: Exception) -> Exception:
 
 
 GATED = errors.GatedRepoError(
-    "no", response=httpx2.Response(403, request=httpx2.Request("GET", "https://huggingface.co"))
+    "no access",
+    response=httpx2.Response(403, request=httpx2.Request("GET", "https://huggingface.co")),
 )
 
 
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (wrapped(DatasetNotFoundError("no"), GATED), "it is gated: .*datasets/owner/name"),
+        (wrapped(DatasetNotFoundError("no"), GATED), "no access .*datasets/owner/name"),
         (DatasetNotFoundError("Dataset 'owner/name' doesn't exist"), "doesn't exist"),
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device .*HF_HOME"),
-        (httpx2.ReadTimeout("slow"), r"the connection to the hub failed \(slow\)"),
-        (errors.HFValidationError("no"), "no such folder; expected: a folder, or owner/name"),
+        (httpx2.ReadTimeout("slow"), "slow"),
+        (errors.HFValidationError("must be in the form"), "must be in the form"),
     ],
 )
 def test_errors_of_libraries_around_the_hub(error: Exception, reason: str) -> None:

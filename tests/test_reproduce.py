@@ -134,14 +134,6 @@ def test_other_code_of_the_library_is_a_change(
     assert [plan.state(notebook) for notebook in plan.keys] == ["changed"]
 
 
-def test_a_run_over_broken_records(checkout: Checkout) -> None:
-    checkout.notebook("01_first")
-    assert checkout.reproduce() == 0
-    (checkout.run / "done" / "01_first.json").write_text("")
-    (checkout.run / "settings.json").write_text('{"edge": ')
-    assert checkout.reproduce() == 0 and checkout.done("01_first")["key"]
-
-
 @pytest.mark.parametrize(
     ("cell", "last", "expected"),
     [

@@ -124,16 +124,11 @@ REVISIONS = dict(
     model="revision", labels_from="revision", path="revision", r15_model="r15_revision"
 )
 HUB_ERRORS = (OSError, httpx2.HTTPError, errors.RevisionResolutionError, errors.HFValidationError)
-REASONS = {  # the more telling errors first
-    errors.GatedRepoError: "it is gated: ask for access at {page}, then `hf auth login`",
-    errors.RepositoryNotFoundError: "not at {page}, or private: `hf auth login`",
-    errors.RevisionNotFoundError: "it has no such revision: see {page}/commits/main",
-    errors.HfHubHTTPError: "the hub answered {error.response.status_code}"
-    " {error.response.reason_phrase}: try again later",
-    errors.OfflineModeIsEnabled: "not in this machine's cache, and HF_HUB_OFFLINE is set",
-    errors.HFValidationError: "no such folder; expected: a folder, or owner/name of the hub",
-    httpx2.TransportError: "the connection to the hub failed ({error}): try again",
-}
+TELLING = (  # what says why, of the errors that others are raised from
+    errors.HfHubHTTPError,
+    errors.OfflineModeIsEnabled,
+    errors.HFValidationError,
+)
 
 
 def is_local(name: str) -> bool:
@@ -155,15 +150,11 @@ def explained(name: str, kind: str, revision: str | None = None) -> Iterator[Non
         yield
     except HUB_ERRORS as error:
         page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
-        reasons = (
-            reason.format(page=page, error=cause)
-            for known, reason in REASONS.items()
-            for cause in _causes(error)
-            if isinstance(cause, known)
-        )
-        reason = next(reasons, None) or str(error).rstrip(".")
-        expected = "downloads lie in HF_HOME; the profile may name a folder or file instead"
-        raise HubError(f"{kind} {name} ({revision or 'main'}): {reason} ({expected})") from error
+        causes = list(_causes(error))
+        telling = [cause for cause in causes if isinstance(cause, TELLING)]
+        reason = " ".join(str([*telling, causes[-1]][0]).split())
+        advice = f"see {page}; gated or private ones want `hf auth login`; downloads lie in HF_HOME"
+        raise HubError(f"{kind} {name} ({revision or 'main'}): {reason} ({advice})") from error
 
 
 def model_folder(model: str, revision: str | None = None) -> Path:

