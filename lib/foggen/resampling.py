@@ -33,7 +33,7 @@ UNDEFINED = {  # metric: why it may be
     "auroc": "answers all right or all wrong",
     "gap_recovered": "the cloud is no better than the edge",
 }
-_CHUNK = 256  # resamples evaluated together: 256 x 2,300 float32 counts stay in the cache
+_CHUNK = 512  # resamples evaluated together: more are no faster, and leave the cache
 _NOISE = 1e-6  # float32 rounding: a smaller value is 0
 _FAR = 40.0  # a normal score beyond all others
 
