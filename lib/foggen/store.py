@@ -28,11 +28,12 @@ from contextlib import contextmanager
 from importlib.metadata import distributions
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from filelock import FileLock, Timeout
 
-from foggen.config import Settings
+if TYPE_CHECKING:
+    from foggen.config import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_VARIABLE = "FOGGEN_RUN"  # the run folder of this process, over a notebook's own default
@@ -186,7 +187,7 @@ class Run:
     def __init__(self, folder: str | Path, settings: Settings | None = None) -> None:
         self.folder = run_folder(folder)
         self.stages = self.folder / "stages"
-        self.settings = cast(Settings, settings)  # None only where nothing reads them
+        self.settings = cast("Settings", settings)  # None only where nothing reads them
         self._lock = FileLock(self.folder / ".lock")
         expected = "expected: a new or empty folder, or that of an earlier run (RUN=...)"
         try:
