@@ -64,6 +64,9 @@ def test_a_table_has_headers_and_keeps_texts() -> None:
     shown = show.table(frame, {"who": "router", "sysacc": "SysAcc", "n": "questions"})
     assert shown.index.name == "router" and [*shown.index] == ["a", "b"]
     assert [*shown["SysAcc"]] == ["77.7 [74.8, 80.4]"] * 2 and [*shown["questions"]] == [3, 4]
+    numbers = pd.DataFrame({"tau": [0.5, 1.0], "n": [3, 4], "sysacc": [0.7, np.nan]})
+    shown = show.table(numbers, {"tau": "tau", "n": "n", "sysacc": "SysAcc"})
+    assert [*shown["n"]] == [3, 4] and [*shown["SysAcc"]] == ["70.0", "-"]
     with pytest.raises(KeyError, match="absent"):
         show.table(frame, {"who": "router", "absent": "x"})
 

@@ -14,7 +14,7 @@ from foggen.store import Run, write_text
 PERCENT = (100, "{:z.1f}")
 FORMS: dict[str, tuple[float, str]] = {  # by the first word of a metric's name; others are percent
     **dict.fromkeys(("auroc", "ece", "brier", "aurc"), (1, "{:.2f}")),
-    **dict.fromkeys(("lift", "difference", "gain", "area"), (100, "{:+z.1f}")),
+    **dict.fromkeys(("lift", "difference", "change", "gain", "area"), (100, "{:+z.1f}")),
     **dict.fromkeys(("dibc", "signed"), (1, "{:+z.2f}")),
     "tau": (1, "{:g}"),
     "p": (1, "{:.3f}"),
@@ -52,13 +52,12 @@ def table(frame: Frame, columns: Mapping[str, str]) -> Frame:
     Columns of text stay as they are.
     """
     first, *others = columns
-    index = pd.Index(frame[first], name=columns[first])
-    shown = Frame(index=index)
+    rows = [row for _, row in frame.iterrows()]
+    shown = Frame(index=pd.Index(frame[first], name=columns[first]))
     for name in others:
-        if pd.api.types.is_float_dtype(frame[name]):
-            shown[columns[name]] = [cell(row, name) for _, row in frame.iterrows()]
-        else:
-            shown[columns[name]] = frame[name].to_numpy()
+        pairs = zip(rows, frame[name], strict=True)
+        texts = [cell(row, name) if isinstance(value, float) else value for row, value in pairs]
+        shown[columns[name]] = texts
     return shown
 
 
