@@ -69,7 +69,7 @@ def update_readme(run: Path, notebooks: Path, readme: Path) -> None:
         for cell in code_cells(book):
             for part in cell.outputs:
                 claims = part.get("data", {}).get("text/markdown", "")
-                if claims.startswith("| claim |"):
+                if "\n| claim |" in claims:
                     begin, end = "<!-- claims: begin -->", "<!-- claims: end -->"
                     before, after = text.split(begin)[0], text.split(end)[1]
                     text = f"{before}{begin}\n{claims}\n{end}{after}"
