@@ -63,7 +63,7 @@ def update_readme(run: Path, notebooks: Path, readme: Path) -> None:
         link = f"[{path.stem}](notebooks/{path.name})"
         seconds, memory = record["cost"].split(", ")
         asked = " ".join(question[1].split()) if question else ""
-        row = f"| {link} | {asked} | {seconds} | {memory} | {record['headline']} |"
+        row = f"| {link} | {asked} | {seconds} | {memory} |"
         place = rf"^\| {re.escape(link)} \|.*$"
         text = re.sub(place, row.replace("\\", r"\\"), text, flags=re.MULTILINE)
         for cell in code_cells(book):
