@@ -75,7 +75,7 @@ lab: $(STAMP)
 # closing line counts both.
 test: $(STAMP)
 	rm -rf $(TEST_RUN)
-	FOGGEN_RUN=$(TEST_RUN) $(BIN)/python -m pytest tests $(if $(wildcard notebooks/*.ipynb),notebooks) \
+	OMP_NUM_THREADS=1 FOGGEN_RUN=$(TEST_RUN) $(BIN)/python -m pytest tests $(if $(wildcard notebooks/*.ipynb),notebooks) \
 		--nbval-lax --nbval-current-env --nbval-cell-timeout=900 -n 2 --dist loadgroup $(ARGS)
 
 test-slow: $(STAMP)
