@@ -142,7 +142,7 @@ def reliability(outcomes: pd.DataFrame, columns: Mapping[str, str], title: str) 
         lengths = np.clip([rate - low, high - rate], 0, None)
         axes.errorbar(x, rate, lengths, fmt="none", color=colour, capsize=3, lw=1.2)
         axes.scatter(x, rate, 600 * n / len(outcomes), color=colour, alpha=0.75, label=name)
-    xlabel = f"confidence (%), {len(outcomes):,} questions"
+    xlabel = f"confidence (%), {outcomes['id'].nunique():,} questions"
     label(axes, xlabel=xlabel, ylabel="answers right (%)", title=title)
     axes.set(xlim=(-0.05, 1.1), ylim=(-0.02, 1.02))
     axes.legend(loc="upper left")
