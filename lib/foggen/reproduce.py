@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import nbformat
-from huggingface_hub import constants, errors, snapshot_download
+from huggingface_hub import HfApi, constants, errors, snapshot_download
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from tqdm.contrib import DummyTqdmFile
 
@@ -101,6 +101,8 @@ def hub_size(name: str, kind: str, revision: str | None) -> tuple[float, float]:
             copy = Path(snapshot_download(name, local_files_only=True, **wanted))
             return sum(file.stat().st_size for file in copy.rglob("*.*")) / GB, 0.0
         except errors.LocalEntryNotFoundError:
+            # One request without retries: where there is no hub, the plan says so at once
+            HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=10)
             files = snapshot_download(name, dry_run=True, **wanted)
     size = sum(file.file_size or 0 for file in files) / GB
     return size, size
