@@ -367,7 +367,9 @@ LATER = formatdate(time.time() + 86_400, usegmt=True)
 
 
 @pytest.mark.parametrize(
-    "header", ["Retry-After: 3600", f"Retry-After: {LATER}", "Retry-After-Ms: 1e7"]
+    "header",
+    ["Retry-After: 3600", f"Retry-After: {LATER}", "Retry-After-Ms: 1e7"],
+    ids=["seconds", "date", "milliseconds"],
 )
 def test_a_long_retry_after_is_told(server: FaultServer, tmp_path: Path, header: str) -> None:
     server.script["a"] = [header]
