@@ -1,7 +1,4 @@
-"""Tests side by side: a file stays in one process, and all notebooks, which share a run, in one.
-
-What builds on a notebook cell that failed is skipped, not failed or waited for.
-"""
+"""Notebooks under nbval: what builds on a cell that failed is skipped, not failed or waited for."""
 
 from __future__ import annotations
 
@@ -10,13 +7,6 @@ import pytest
 # It installs packages: tests/test_colab.py runs it in an environment of its own.
 collect_ignore_glob = ["notebooks/colab_*.ipynb"]
 _failed: list[str] = []
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The groups of `pytest -n 2 --dist loadgroup`; the largest begins first."""
-    for item in items:
-        group = "notebooks" if item.path.suffix == ".ipynb" else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
