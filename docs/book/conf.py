@@ -69,7 +69,7 @@ CHAPTERS = {
 def add_contents(app: Sphinx, page: str, source: list[str]) -> None:
     """Puts the contents under the README, the first page, and takes out badges from the network."""
     if page == root_doc:
-        source[0] = re.sub(r"^\[?!\[[^\]]*\]\(https:.*\n", "", source[0], flags=re.MULTILINE)
+        source[0] = re.sub(r"^\[?!\[.*badge.*\n", "", source[0], flags=re.MULTILINE)
         chapters = (CONTENTS.format(caption=name, pages=CHAPTERS[name]) for name in CHAPTERS)
         source[0] += "\n".join(chapters)
 
