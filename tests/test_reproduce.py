@@ -234,6 +234,14 @@ def test_an_interrupt_is_one_line(checkout: Checkout, tmp_path: Path) -> None:
     assert "Traceback" not in log.read_text()
 
 
+def test_a_run_over_broken_records(checkout: Checkout) -> None:
+    checkout.notebook("01_first")
+    assert checkout.reproduce() == 0
+    (checkout.run / "done" / "01_first.json").write_text("")
+    (checkout.run / "settings.json").write_text('{"edge": ')
+    assert checkout.reproduce() == 0 and checkout.done("01_first")["key"]
+
+
 def test_a_plain_locale_and_python_without_docstrings(checkout: Checkout, tmp_path: Path) -> None:
     checkout.notebook("01_first", "print('Қазақ')")
     log = tmp_path / "log"

