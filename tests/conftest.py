@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,9 @@ from foggen.store import LOCK_VARIABLE, ROOT, RUN_VARIABLE
 
 # for `import make_bank` and `import make_pocket`; `benchmarks` is found beside this file
 sys.path += [str(ROOT / "data" / "bank"), str(ROOT / "data" / "pocket")]
+
+# The background of a shell ignores interrupts, and so would the processes that tests interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples at every run, and no judging by the clock; `--hypothesis-profile=search` draws
 # new ones.
