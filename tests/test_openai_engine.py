@@ -323,7 +323,7 @@ def test_a_wrong_key_ends_the_run_and_is_not_shown(
     server: FaultServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CLOUD_KEY", "sk-wrong-1")
-    with pytest.raises(EngineError, match=r"`key_variable` names.*401") as caught:
+    with pytest.raises(EngineError, match=r"the key in CLOUD_KEY .*401") as caught:
         ask(client(server, tmp_path, concurrency=2), *QUESTIONS)
     assert "sk-wrong-1" not in str(caught.value) and len(server.bodies) <= 4
 

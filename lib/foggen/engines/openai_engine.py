@@ -26,7 +26,7 @@ from foggen.prompts import Messages
 from foggen.store import ROOT, digest, write_text
 
 log = logging.getLogger(__name__)
-ADVICE = "check `model` and `base_url`, the key that `key_variable` names, and its account's quota"
+ADVICE = "check `model` and `base_url`, the key in {} (`key_variable`) and its account's quota"
 ADDRESS = re.compile(r"(https?)://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?(/[^\s?#@]*)?", re.I)
 
 
@@ -106,7 +106,8 @@ class OpenAIEngine(Engine):
 
     def _fail(self, error: Any, key: str) -> None:
         """Warns of a failure that may pass, under keep_local. Raises EngineError for all others."""
-        status, said, advice, asks = 500, str(error.__cause__), ADVICE, ""
+        advice = ADVICE.format(self.key_variable)
+        status, said, asks = 500, str(error.__cause__), ""
         if isinstance(error, openai.APIStatusError):
             status, reply = error.status_code, error.response
             asks = "".join(f"{k}: {v}, " for k, v in reply.headers.items() if "retry" in k)
