@@ -151,3 +151,15 @@ def test_the_slider_of_00_moves_its_picture(browser: Any, lab: tuple[str, Path])
     page.wait_for_function(moved, arg=before[0])
     playwright.expect(words).not_to_have_text(before[1])
     page.close()
+
+
+def test_03_runs_alone(browser: Any, lab: tuple[str, Path]) -> None:
+    """In a fresh run folder it needs no chain: it reads the stored study, and says where else."""
+    url, run = lab
+    page = run_all(browser, url, "03_routing")
+    wait_for(run / "done" / "03_routing.json", page, 10)
+    text = page.locator(".jp-Notebook").inner_text()
+    assert "the chain is trained first" in text
+    assert page.locator(".jp-OutputArea-output img").count() >= 5
+    assert not (run / "stages").exists() or not list((run / "stages").glob("*-sft-*"))
+    page.close()

@@ -30,29 +30,12 @@ def curve(outcomes: pd.DataFrame, score: str = "confidence") -> pd.DataFrame:
     return stats.share_curve(outcomes, score, resamples=20)
 
 
-def rounds(outcomes: pd.DataFrame) -> Figure:
-    checkpoints = {0: outcomes.assign(confidence=1.0), 1: outcomes}
-    graded = {
-        number: checkpoint.assign(confidence=checkpoint["expected_confidence"])
-        for number, checkpoint in checkpoints.items()
-    }
-    pairs = zip(WORDS.values(), (checkpoints, graded), strict=True)
-    tables = {name: stats.round_table(stated, resamples=20) for name, stated in pairs}
-    return plots.round_curves(tables, "The chain")
-
-
 FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "accuracy_curve": lambda o: plots.accuracy_curve(curve(o), {"tau = 0.5": (0.2, 0.7)}, "SysAcc"),
     "matched_curves": lambda o: plots.matched_curves(
         {name: curve(o, score) for score, name in WORDS.items()}, "Lift"
     ),
     "reliability": lambda o: plots.reliability(o, WORDS, "Reliability"),
-    "histogram": lambda o: plots.confidence_histogram(o, "Histogram"),
-    "histogram of E[c]": lambda o: plots.confidence_histogram(
-        o, "Histogram", "expected_confidence", "E[c]"
-    ),
-    "risk_coverage": lambda o: plots.risk_coverage(o, WORDS, "Risk"),
-    "rounds": rounds,
 }
 CASES: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
     "one level": lambda o: o.assign(confidence=1.0, expected_confidence=1.0),
@@ -93,9 +76,7 @@ def test_degenerate_outcomes_are_drawn_without_a_warning(name: str, case: str) -
     plt.close("all")
 
 
-@pytest.mark.parametrize(
-    "name", ["accuracy_curve", "matched_curves", "reliability", "risk_coverage"]
-)
+@pytest.mark.parametrize("name", FIGURES)
 def test_axes_say_their_units_and_how_many_questions(name: str) -> None:
     axes = FIGURES[name](make_outcomes(40, rich=True)).axes[0]
     assert "%" in axes.get_xlabel() and "%" in axes.get_ylabel() and "120" in axes.get_xlabel()
@@ -109,19 +90,6 @@ def test_reliability_shows_the_size_of_every_bin() -> None:
     areas = figure.axes[0].collections[-1].get_sizes()
     counts = outcomes["confidence"].value_counts().sort_index()
     assert areas / areas.sum() == pytest.approx(counts / counts.sum())
-    plt.close(figure)
-
-
-def test_risk_coverage_ends_at_the_error_rate_of_all_answers() -> None:
-    outcomes = make_outcomes(40, rich=True)
-    axes = plots.risk_coverage(outcomes, {"confidence": "stated word"}, "Risk").axes[0]
-    assert axes.lines[0].get_ydata()[-1] == pytest.approx(1 - outcomes["local_correct"].mean())
-    plt.close("all")
-
-
-def test_the_last_round_is_inside_the_figure() -> None:
-    figure = rounds(make_outcomes(40, rich=True))
-    assert all(axes.get_xlim()[0] < 0 and axes.get_xlim()[1] > 1 for axes in figure.axes[:4])
     plt.close(figure)
 
 

@@ -408,19 +408,6 @@ def test_votes() -> None:
     assert routing.vote_share(frame).tolist() == [0.25, 0, 0]
 
 
-def test_text_router() -> None:
-    train = make_outcomes(rich=True, seed=1).assign(id=lambda f: "t" + f["id"])
-    test = make_outcomes(rich=True)
-    assert (routing.text_router(train.assign(local_correct=1.0), test) == 1).all()
-    text = test.assign(text=routing.text_router(train, test))
-    both = text.assign(both=routing.text_router(train, test, ["option_probability"]))
-    table = stats.score_table(both, ["both", "text"], 0.3, resamples=50).set_index("score")
-    auroc = table[table["domain"] == "mean"]["auroc"]
-    assert 0.6 < auroc["text"] < auroc["both"]
-    with pytest.raises(ValueError, match="900 test questions in train"):
-        routing.text_router(test, test)
-
-
 def test_published_rows_follow_from_their_other_columns() -> None:
     card = routing.published("fg").set_index("domain")
     for name in ("fg", "g1b", "g270"):

@@ -14,10 +14,6 @@ import numpy as np
 from pandas import DataFrame as Frame
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, create_model
 from scipy.stats import binom
-from sklearn.compose import make_column_transformer
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
 from statsmodels.stats.multitest import multipletests
 
 from foggen import resampling, stats
@@ -278,23 +274,6 @@ def vote_share(outcomes: Frame) -> Array:
     return np.array(
         [votes.count(letter) / len(votes) if letter else 0.0 for votes, letter in pairs]
     )
-
-
-def text_router(train: Frame, test: Frame, numbers: Sequence[str] = ()) -> Array:
-    """P(local answer right) from the question's text, and from columns `numbers` where given.
-
-    TF-IDF of words and word pairs, logistic regression. Raises ValueError when a test question is
-    in the training table.
-    """
-    if shared := set(train["id"]) & set(test["id"]):
-        raise ValueError(f"text_router: {len(shared)} test questions in train: {min(shared)!r}")
-    right = train["local_correct"].to_numpy() >= 0.5
-    if right.all() or not right.any():
-        return np.full(len(test), float(right[0]))
-    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
-    inputs = make_column_transformer((words, "question"), ("passthrough", [*numbers]))
-    model = make_pipeline(inputs, LogisticRegression(max_iter=1000)).fit(train, right)
-    return np.asarray(model.predict_proba(test)[:, 1])
 
 
 # ---- published rows
