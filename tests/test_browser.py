@@ -114,7 +114,9 @@ def run_all(browser: Any, url: str, notebook: str) -> Any:
     page = browser.new_page(viewport={"width": 1500, "height": 1000})
     page.set_default_timeout(3 * MINUTES)
     accept = page.locator(".jp-Dialog button.jp-mod-accept")  # "Select Kernel", now and then
-    page.add_locator_handler(page.locator(".jp-Dialog"), lambda: accept.click())
+    page.add_locator_handler(
+        page.locator(".jp-Dialog"), lambda: accept.first.click(), no_wait_after=True
+    )
     page.goto(f"{url}lab/tree/{notebook}.ipynb")
     page.locator(".jp-Notebook .jp-Cell").first.wait_for()
     page.locator('.jp-NotebookPanel .jp-Toolbar [data-status="idle"]').first.wait_for()
