@@ -1,9 +1,10 @@
 """What the recipe's steps take on a CPU with a model of Qwen3-0.6B's true dimensions.
 
-`.venv/bin/python tests/benchmarks/dimensions.py` writes data/results/dimensions.json: per step the
-seconds of CPU time, and the peak memory beside that of the weights. Weights are random, so nothing
-is downloaded. Every step has a process of its own, so that its peak is its own. Twice the rows
-show whether anything grows faster than they do.
+`.venv/bin/python tests/benchmarks/dimensions.py` writes data/results/bench/dimensions.json: the
+seconds of CPU time of every step, and its peak memory beside that of the weights. Weights are
+random, so nothing is downloaded. Every step has a process of its own, so that its peak is its own.
+Twice the rows show whether anything grows faster than they do. One thread and bfloat16, which is
+the paper profile's; `--dtype float32` is for a CPU that is faster so.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))
+import torch
 from benchmarks.gpu import SIZES, TOY, make_model, make_questions
 from transformers import AutoTokenizer
 
@@ -32,6 +34,8 @@ from foggen.questions import DOMAINS, Question
 from foggen.store import ROOT, peak_memory, progress, write_json
 from foggen.training import Job, train
 
+STORED = ROOT / "data" / "results" / "bench" / "dimensions.json"
+THREADS = 1
 STEPS = {  # rows
     "load": (0,),
     "training step, merge and save": (1, 2),
@@ -41,7 +45,7 @@ STEPS = {  # rows
 }
 
 
-def take(step: str, rows: int, model: Path, tuned: Path) -> dict[str, float]:
+def take(step: str, rows: int, model: Path, tuned: Path, dtype: str) -> dict[str, float]:
     """Takes one step in this process; CPU seconds, and the peak of this process in bytes."""
     settings = load_profile(
         "paper",
@@ -50,8 +54,8 @@ def take(step: str, rows: int, model: Path, tuned: Path) -> dict[str, float]:
             "edge.revision": None,
             "engine": "transformers",
             "engine_options": {},
-            "dtype": "float32",
-            "threads": 1,
+            "dtype": dtype,
+            "threads": THREADS,
             "sft.num_train_epochs": 1,
             "sft.per_device_train_batch_size": max(rows, 1),
         },
@@ -88,13 +92,13 @@ def ask(
     return started
 
 
-def measure(sizes: dict[str, Any], work: Path) -> dict[str, Any]:
+def measure(sizes: dict[str, Any], dtype: str, work: Path) -> dict[str, Any]:
     """All steps, each in its own process."""
-    weights = 4 * make_model(work / "start", sizes)
+    weights = getattr(torch, dtype).itemsize * make_model(work / "start", sizes, dtype)
     found = []
     for step, counts in STEPS.items():
         for rows in counts:
-            taken = ["--take", step, str(rows), str(work / "start"), str(work / "tuned")]
+            taken = ["--take", step, str(rows), str(work / "start"), str(work / "tuned"), dtype]
             command = [sys.executable, __file__, *taken]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             row = json.loads(done.stdout.strip().split("\n")[-1])
@@ -104,7 +108,8 @@ def measure(sizes: dict[str, Any], work: Path) -> dict[str, Any]:
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "sizes": sizes,
         "weights": weights,
-        "dtype": "float32",
+        "dtype": dtype,
+        "threads": THREADS,
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
         "steps": found,
     }
@@ -114,15 +119,16 @@ def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--toy", action="store_true", help="small dimensions, to try the script")
-    parser.add_argument("--out", type=Path, default=ROOT / "data" / "results" / "dimensions.json")
-    parser.add_argument("--take", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--out", type=Path, default=STORED)
+    parser.add_argument("--take", nargs=5, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.take:
-        step, rows, model, tuned = given.take
-        print(json.dumps(take(step, int(rows), Path(model), Path(tuned))))
+        step, rows, model, tuned, dtype = given.take
+        print(json.dumps(take(step, int(rows), Path(model), Path(tuned), dtype)))
         return
     with tempfile.TemporaryDirectory() as work:
-        write_json(given.out, measure(TOY if given.toy else SIZES, Path(work)))
+        write_json(given.out, measure(TOY if given.toy else SIZES, given.dtype, Path(work)))
 
 
 if __name__ == "__main__":
