@@ -416,6 +416,9 @@ def test_published_rows_follow_from_their_other_columns() -> None:
         again = (table["raw"] + table["routed"] / 100 * gap - table["random"]).abs()
         assert again.max() <= 0.1 and again.notna().sum() >= 5
         assert table["source"].str.startswith("issai/").all()
+        if "cloud" in table:
+            stated = table["cloud"].dropna()
+            assert stated.equals(card.loc[stated.index, "cloud"])
     means = card.drop("mean").mean(numeric_only=True) - card.loc["mean"].drop("source").astype(
         float
     )

@@ -394,6 +394,15 @@ def test_sentinel(run: Run) -> None:
     assert 2**20 < done["peak"] == pytest.approx(peak_memory(), rel=0.2)
 
 
+def test_the_peak_is_this_process_s_and_not_its_parent_s() -> None:
+    size = 400 * 2**20
+    held = [os.urandom(2**20) * (size // 2**20)]
+    code = "from foggen.store import peak_memory; print(peak_memory())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 2**22 < int(done.stdout) < size < peak_memory()
+    held.clear()  # only here is it let go
+
+
 def test_without_docstrings_and_locale(tmp_path: Path) -> None:
     """Nothing is done by an assert or a docstring, and no file is opened in the locale's way."""
     surroundings = {**os.environ, "PYTHONOPTIMIZE": "2", "LC_ALL": "C", "PYTHONUTF8": "0"}

@@ -1,9 +1,10 @@
 """What the recipe's steps take on a CPU with a model of Qwen3-0.6B's true dimensions.
 
-`.venv/bin/python tests/benchmarks/dimensions.py` writes data/results/dimensions.json: per step the
-seconds of CPU time, and the peak memory beside that of the weights. Weights are random, so nothing
-is downloaded. Every step has a process of its own, so that its peak is its own. Twice the rows
-show whether anything grows faster than they do.
+`.venv/bin/python tests/benchmarks/dimensions.py` writes data/results/bench/dimensions.json: the
+seconds of CPU time of every step, and its peak memory beside that of the weights. Weights are
+random, so nothing is downloaded. Every step has a process of its own, so that its peak is its own.
+Twice the rows show whether anything grows faster than they do. One thread; bfloat16, which is the
+paper profile's, and float32, in which a CPU without bfloat16 instructions is many times as fast.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))
+import torch
 from benchmarks.gpu import SIZES, TOY, make_model, make_questions
 from transformers import AutoTokenizer
 
@@ -32,16 +34,22 @@ from foggen.questions import DOMAINS, Question
 from foggen.store import ROOT, peak_memory, progress, write_json
 from foggen.training import Job, train
 
+STORED = ROOT / "data" / "results" / "bench" / "dimensions.json"
+THREADS = 1
+TRAINING, SAMPLES = "training step, merge and save", "8 samples per question"
 STEPS = {  # rows
-    "load": (0,),
-    "training step, merge and save": (1, 2),
-    "8 samples per question": (1, 2),
-    "exact scores": (1, 2),
-    "reload": (0,),
+    "float32": {
+        "load": [0],
+        TRAINING: [1, 2],
+        SAMPLES: [1, 2],
+        "exact scores": [1, 2],
+        "reload": [0],
+    },
+    "bfloat16": {"load": [0], TRAINING: [1], SAMPLES: [1], "reload": [0]},
 }
 
 
-def take(step: str, rows: int, model: Path, tuned: Path) -> dict[str, float]:
+def take(step: str, rows: int, model: Path, tuned: Path, dtype: str) -> dict[str, float]:
     """Takes one step in this process; CPU seconds, and the peak of this process in bytes."""
     settings = load_profile(
         "paper",
@@ -50,14 +58,14 @@ def take(step: str, rows: int, model: Path, tuned: Path) -> dict[str, float]:
             "edge.revision": None,
             "engine": "transformers",
             "engine_options": {},
-            "dtype": "float32",
-            "threads": 1,
+            "dtype": dtype,
+            "threads": THREADS,
             "sft.num_train_epochs": 1,
             "sft.per_device_train_batch_size": max(rows, 1),
         },
     )
     questions = make_questions(rows, DOMAINS) if rows else []
-    if step.startswith("training"):
+    if step == TRAINING:
         taught = [{"messages": mcq_messages(q), "target": target_text(0.5, "A")} for q in questions]
         started = time.process_time()
         train(Job(model=model, rows=taught, settings=settings, out=tuned / "model", seed=0))
@@ -88,41 +96,39 @@ def ask(
     return started
 
 
-def measure(sizes: dict[str, Any], work: Path) -> dict[str, Any]:
-    """All steps, each in its own process."""
-    weights = 4 * make_model(work / "start", sizes)
+def measure(dtype: str, sizes: dict[str, Any], work: Path) -> dict[str, Any]:
+    """All steps in this dtype, each in its own process."""
+    weights = getattr(torch, dtype).itemsize * make_model(work / "start", sizes, dtype)
     found = []
-    for step, counts in STEPS.items():
+    for step, counts in STEPS[dtype].items():
         for rows in counts:
-            taken = ["--take", step, str(rows), str(work / "start"), str(work / "tuned")]
+            taken = ["--take", step, str(rows), str(work / "start"), str(work / "tuned"), dtype]
             command = [sys.executable, __file__, *taken]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             row = json.loads(done.stdout.strip().split("\n")[-1])
             found.append({"step": step, "rows": rows, **row, "copies": row["peak"] / weights})
-            progress(f"{step}, {rows} rows: {row['seconds']:.0f} s, {row['peak'] / 2**30:.1f} GiB")
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "sizes": sizes,
-        "weights": weights,
-        "dtype": "float32",
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
-        "steps": found,
-    }
+            told = f"{step}, {rows} rows: {row['seconds']:.0f} s, {row['peak'] / 2**30:.1f} GiB"
+            progress(f"{dtype}, {told}")
+    return {"weights": weights, "steps": found}
 
 
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--toy", action="store_true", help="small dimensions, to try the script")
-    parser.add_argument("--out", type=Path, default=ROOT / "data" / "results" / "dimensions.json")
-    parser.add_argument("--take", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=STORED)
+    parser.add_argument("--take", nargs=5, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.take:
-        step, rows, model, tuned = given.take
-        print(json.dumps(take(step, int(rows), Path(model), Path(tuned))))
+        step, rows, model, tuned, dtype = given.take
+        print(json.dumps(take(step, int(rows), Path(model), Path(tuned), dtype)))
         return
+    sizes, versions = TOY if given.toy else SIZES, ("torch", "transformers", "trl", "peft")
     with tempfile.TemporaryDirectory() as work:
-        write_json(given.out, measure(TOY if given.toy else SIZES, Path(work)))
+        found = {dtype: measure(dtype, sizes, Path(work) / dtype) for dtype in STEPS}
+    about = {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "sizes": sizes, "threads": THREADS}
+    about["versions"] = {name: version(name) for name in versions}
+    write_json(given.out, about | found)
 
 
 if __name__ == "__main__":

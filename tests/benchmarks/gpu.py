@@ -58,16 +58,19 @@ GOALS = {  # what others publish, and the goal in seconds on one H200
 Results = dict[str, dict[str, Any]]  # of every step: rows, seconds, peak_mib and what else is known
 
 
-def make_model(folder: Path, sizes: dict[str, Any]) -> int:
-    """Saves a Qwen3 of random weights with the pocket tokenizer; returns the number of weights."""
+def make_model(folder: Path, sizes: dict[str, Any], dtype: str = "") -> int:
+    """Saves a Qwen3 of random weights with the pocket tokenizer; returns the number of weights.
+
+    Without a `dtype` it is that of the machine: bfloat16 on a GPU, else float32.
+    """
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = Qwen3Config(**sizes, **ends, tie_word_embeddings=True, max_position_embeddings=4096)
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model: Any = Qwen3ForCausalLM(config)
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    model.to(dtype).save_pretrained(folder)
+    dtype = dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return int(model.num_parameters())
 
@@ -77,7 +80,9 @@ def make_questions(n: int, domains: Sequence[str], seed: int = 0) -> list[Questi
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     rng = random.Random(seed)
     words = [
-        f" {token[1]}" for token in tokenizer.get_vocab() if len(token) == 2 and token[0] == "Ġ"
+        f" {token[1]}"
+        for token in sorted(tokenizer.get_vocab())
+        if len(token) == 2 and token[0] == "Ġ"
     ]
     low, high = PROMPTS
     questions = []
