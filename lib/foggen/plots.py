@@ -48,10 +48,10 @@ def save(figure: Figure, folder: Path | str, name: str) -> Figure:
 
 
 def label(axes: Axes, **labels: Any) -> None:
-    """Set labels, title and limits; an axis that says (%) gets percent ticks."""
+    """Set labels, title and limits; an axis that says (%) or (points) gets percent ticks."""
     axes.set(**labels)
     for axis in (axes.xaxis, axes.yaxis):
-        if "(%)" in axis.get_label_text():
+        if {"(%)", "(points)"} & set(axis.get_label_text().replace(",", "").split()):
             percent_ticks(axis)
 
 
@@ -109,7 +109,7 @@ def matched_curves(curves: Mapping[str, pd.DataFrame], title: str) -> Figure:
         band(axes, curve["share"], curve, "lift", color=colour, label=name)
     axes.axhline(0, color=GREY, ls="--", lw=1.2, label="random")
     xlabel = SHARES.format(curve["n"][0])
-    label(axes, xlabel=xlabel, ylabel="lift over random routing (%)", title=title)
+    label(axes, xlabel=xlabel, ylabel="lift over random routing (points)", title=title)
     legend(figure, axes, 3)
     return figure
 
