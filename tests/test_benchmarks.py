@@ -15,6 +15,7 @@ from foggen.store import ROOT, read_json
 sys.path.append(str(ROOT / "tests" / "benchmarks"))
 
 import cpu
+import dimensions
 import gpu
 
 
@@ -44,6 +45,22 @@ def test_toy_run_measures_every_step(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_the_page_shows_the_stored_ratios() -> None:
     assert cpu.stored_table() in cpu.SPEED.read_text(), "make bench writes them"
+
+
+def test_the_page_shows_the_stored_steps_of_true_dimensions() -> None:
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    assert dimensions.stored_table() in page, "dimensions.py writes what it shows"
+
+
+def test_no_step_copies_the_weights_thrice_or_grows_faster_than_its_tokens() -> None:
+    stored = read_json(dimensions.STORED)
+    for dtype in dimensions.STEPS:
+        steps = {(row["step"], row["rows"]): row for row in stored[dtype]["steps"]}
+        assert all(row["copies"] < 3 for (_, rows), row in steps.items() if rows == 0)
+        for (step, rows), row in steps.items():
+            if twice := steps.get((step, 2 * rows)) if rows else None:
+                longer = twice["prompt_tokens"] / row["prompt_tokens"]
+                assert twice["seconds"] / row["seconds"] < 1.5 * longer
 
 
 def test_ways_are_compared(

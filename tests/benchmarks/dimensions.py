@@ -31,7 +31,7 @@ from foggen.engines import Sampling
 from foggen.labels import score_answers
 from foggen.prompts import encode_chat, mcq_messages, target_text
 from foggen.questions import DOMAINS, Question
-from foggen.store import ROOT, peak_memory, progress, write_json
+from foggen.store import ROOT, peak_memory, progress, read_json, write_json
 from foggen.training import Job, train
 
 STORED = ROOT / "data" / "results" / "bench" / "dimensions.json"
@@ -81,13 +81,16 @@ def ask(
     step: str, settings: Settings, questions: list[Question], model: Path, tuned: Path
 ) -> float:
     """What is asked of an engine; returns when it began, the engine being loaded before."""
+    hello, one = [[{"role": "user", "content": "?"}]], Sampling(max_tokens=1)
     started = time.process_time()
     engine = edge_slot(settings).load(model)
+    engine.generate(hello, one)  # weights are read from their file when they are used
     if step == "load":
         return started
     started = time.process_time()
     if step == "reload":
         engine.reload(tuned)
+        engine.generate(hello, one)
     elif step == "exact scores":
         score_answers(engine, questions, settings.prompt_variant)
     else:
@@ -110,6 +113,21 @@ def measure(dtype: str, sizes: dict[str, Any], work: Path) -> dict[str, Any]:
             told = f"{step}, {rows} rows: {row['seconds']:.0f} s, {row['peak'] / 2**30:.1f} GiB"
             progress(f"{dtype}, {told}")
     return {"weights": weights, "steps": found}
+
+
+def stored_table() -> str:
+    """The stored figures as a table of docs/gpu.md: CPU seconds and peak memory."""
+    stored = read_json(STORED)
+    cells: dict[tuple[str, int], dict[str, str]] = {}
+    for dtype in STEPS:
+        for row in stored[dtype]["steps"]:
+            told = f"{row['seconds']:.0f} s, {row['peak'] / 2**30:.1f} GiB"
+            cells.setdefault((row["step"], row["rows"]), {})[dtype] = told
+    lines = [f"| step | rows | {' | '.join(STEPS)} |", f"|---|---|{'---|' * len(STEPS)}"]
+    for (step, rows), told in cells.items():
+        shown = " | ".join(told.get(dtype, "not measured") for dtype in STEPS)
+        lines.append(f"| {step} | {rows or ''} | {shown} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
