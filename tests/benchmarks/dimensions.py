@@ -124,8 +124,8 @@ def stored_table() -> str:
             told = f"{row['seconds']:.0f} s, {row['peak'] / 2**30:.1f} GiB"
             cells.setdefault((row["step"], row["rows"]), {})[dtype] = told
     lines = [f"| step | rows | {' | '.join(STEPS)} |", f"|---|---|{'---|' * len(STEPS)}"]
-    for (step, rows), told in cells.items():
-        shown = " | ".join(told.get(dtype, "not measured") for dtype in STEPS)
+    for (step, rows), by_dtype in cells.items():
+        shown = " | ".join(by_dtype.get(dtype, "not measured") for dtype in STEPS)
         lines.append(f"| {step} | {rows or ''} | {shown} |")
     return "\n".join(lines)
 
