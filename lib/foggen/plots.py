@@ -4,6 +4,7 @@ Knows nothing of files except in `save`, and computes no metric that `stats` doe
 figure takes its `title`: what it shows, said by who has read the numbers.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def label(axes: Axes, **labels: Any) -> None:
     """Set labels, title and limits; an axis that says (%) or (points) gets percent ticks."""
     axes.set(**labels)
     for axis in (axes.xaxis, axes.yaxis):
-        if {"(%)", "(points)"} & set(axis.get_label_text().replace(",", "").split()):
+        if re.search(r"\((%|points)\)", axis.get_label_text()):
             percent_ticks(axis)
 
 
