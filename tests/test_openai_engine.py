@@ -15,13 +15,14 @@ from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import nbformat
 import pytest
 from fault_server import BODIES, KEY, RANDOM, FaultServer, reply
 from nbclient import NotebookClient
 
 from foggen.engines import Completion, EngineError, Sampling, make_engine
-from foggen.engines.openai_engine import OpenAIEngine
+from foggen.engines.openai_engine import LimitedClient, OpenAIEngine
 from foggen.prompts import Messages
 
 QUESTIONS = [f"question {k}" for k in range(60)]
@@ -389,6 +390,19 @@ def test_a_reply_has_a_limit_in_all(server: FaultServer, tmp_path: Path, fault: 
     with pytest.raises(EngineError, match=r"no whole reply within 0.5 s \(`timeout`\)"):
         ask(client(server, tmp_path, max_retries=1, timeout=0.5), "b")
     assert server.asked["b"] == 2
+
+
+@pytest.mark.parametrize("piece", [0.1, 60])
+def test_a_silent_server_is_told_the_same_whichever_limit_ends_the_wait(
+    server: FaultServer, tmp_path: Path, piece: float
+) -> None:
+    """A piece of a reply and the whole reply have a limit each, and both may be first."""
+    server.script = {"a": ["hang"]}
+    body = {"model": "cloud", "messages": chats("a")[0]}
+    with LimitedClient(client(server, tmp_path, timeout=0.5)) as http:
+        http.timeout = piece
+        with pytest.raises(httpx2.ReadTimeout, match=r"no whole reply within 0.5 s \(`timeout`\)"):
+            http.post(server.url, json=body, headers={"Authorization": f"Bearer {KEY}"})
 
 
 def test_what_a_server_cannot_do_is_refused(tmp_path: Path) -> None:

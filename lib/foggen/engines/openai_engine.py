@@ -142,7 +142,7 @@ class LimitedClient(openai.DefaultHttpxClient):
         try:
             sent = self.tries.submit(super().send, request, **options)
             response = sent.result(self.engine.timeout)
-        except TimeoutError:
+        except (TimeoutError, httpx2.TimeoutException):  # a silent server: whichever is first
             late = f"no whole reply within {self.engine.timeout} s (`timeout`)"
             raise httpx2.ReadTimeout(late, request=request) from None
         if response.status_code == 429 and b"insufficient_quota" in response.content:
