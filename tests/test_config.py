@@ -195,13 +195,14 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("", "names no parameters"),
         ("seed: 1\nrounds: 2\nseed: 3\n", "seed twice"),
         ("sft: {weight_decay: 0, weight_decay: 1}", "weight_decay twice"),
-        (BOMB, "anchors and aliases are not read"),
-        ("a: &a 1\n", "anchors and aliases"),
+        (BOMB, "anchors, aliases and tags are not read"),
+        ("a: &a 1\n", "anchors, aliases"),
+        ("rounds: !!bool maybe", "tags are not read"),
         ("a: " + "[" * 1000 + "]" * 1000, "recursion"),
         ("seed: " + "7" * 5000, "Exceeds the limit"),
         ("when: 2020-99-99", "month must be in"),
         ("? [a, b]\n: 1\n", "not readable as YAML|unhashable"),
-        ("!!python/object:os.system {}", "could not determine a constructor"),
+        ("!!python/object:os.system {}", "tags are not read"),
         ("name: pocket\n".encode("utf-16"), "'utf-8' codec can't decode"),
         (b"\x89PNG\r\n\x1a\n\x00\xff", "'utf-8' codec can't decode"),
         (b"name: a\x00b", "special characters"),
@@ -212,6 +213,32 @@ def test_unreadable_profiles_are_named(content: str | bytes, words: str, tmp_pat
     mine.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(SettingsError, match=rf"profile .*mine\.yaml: (.|\n)*({words})(.|\n)*UTF-8"):
         load_profile(mine)
+
+
+@pytest.mark.parametrize("base", ["5", "true", "[paper]", "2020-01-01"])
+def test_a_base_is_a_name(base: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(f"base: {base}\n")
+    with pytest.raises(SettingsError, match=r"mine\.yaml: base: .*expected: the name or path"):
+        load_profile(tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("rounds: true", r"rounds\n.*not true or false"),
+        ("tau: yes", r"tau\n.*not true or false"),
+        ("seeds: [0, on]", r"seeds\n.*not true or false"),
+        ("sft: {warmup_steps: off}", r"sft\.warmup_steps\n.*not true or false"),
+        ("sft: {padding_free: 2}", r"sft\.padding_free"),
+        ("sft: {weight_decay: 0.1}\nsft.weight_decay: 0.2", r"sft\.weight_decay twice"),
+    ],
+)
+def test_truth_values_are_no_numbers_and_nothing_is_set_twice(
+    text: str, told: str, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text(f"base: pocket\n{text}\n")
+    with pytest.raises(SettingsError, match=told):
+        load_profile(tmp_path / "mine.yaml")
 
 
 def test_unknown_profile_names_the_known_ones(tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ def table(folder: Path, name: str, content: str | bytes) -> Path:
 WORDS = "x" * 200_000  # longer than the csv module's limit
 READABLE: list[tuple[str, str | bytes, list[dict[str, Any]]]] = [
     ("a.jsonl", '{"id": 1, "fact": null}\n\n{"id": 2}\r\n', [{"id": 1, "fact": None}, {"id": 2}]),
-    ("a.jsonl", '\ufeff{"id": "қ\u2028", "p": NaN}', [{"id": "қ\u2028", "p": float("nan")}]),
+    ("a.jsonl", '\ufeff{"id": "қ\u2028", "p": NaN}', [{"id": "қ\u2028", "p": None}]),
+    ("a.jsonl", '{"a": [NaN, {"b": NaN}]}', [{"a": [None, {"b": None}]}]),
     ("a.jsonl", "", []),
     (
         "a.csv",
@@ -44,18 +45,17 @@ READABLE: list[tuple[str, str | bytes, list[dict[str, Any]]]] = [
     ("a.csv", f"id,text\nq1,{WORDS}\n", [{"id": "q1", "text": WORDS}]),
     ("a.csv", "id,n\nq1," + "7" * 5000, [{"id": "q1", "n": "7" * 5000}]),
     ("a.csv", "id\nq;1\n", [{"id": "q;1"}]),
+    ("a.csv", 'id, text\nq1, "a, b"\n', [{"id": "q1", "text": "a, b"}]),
+    ("A.CSV", "id\nq1\n", [{"id": "q1"}]),
 ]
 
 
 @pytest.mark.parametrize(("name", "content", "rows"), READABLE)
 def test_readable_tables(name: str, content: str, rows: list[Any], tmp_path: Path) -> None:
     read = read_rows(table(tmp_path, name, content))
-    assert repr([row for _, row in read]) == repr(rows)
-    places = (
-        ["a.jsonl, line 1", "a.jsonl, line 3"]
-        if name == "a.jsonl"
-        else ["a.csv, row 1", "a.csv, row 2"]
-    )
+    assert [row for _, row in read] == rows
+    word, numbers = ("line", (1, 3)) if name == "a.jsonl" else ("row", (1, 2))
+    places = [f"{name}, {word} {number}" for number in numbers]
     assert [place for place, _ in read] == places[: len(rows)]
 
 
@@ -102,8 +102,15 @@ def test_parquet_gives_indices_and_missing_values_back(tmp_path: Path) -> None:
             ("a.parquet, row 1", {"fact": 0, "text": None, "id": "q0"}),
             ("a.parquet, row 2", {"fact": 1, "text": "None", "id": "q1"}),
         ]
+    frame.assign(id=[b"own", b"x"], n=[1.5, float("nan")]).to_parquet(tmp_path / "a.parquet")
+    assert read_rows(tmp_path / "a.parquet")[0][1]["id"] == "own"
+    assert read_rows(tmp_path / "a.parquet")[1][1]["n"] is None
     frame.assign(id="own").to_parquet(tmp_path / "a.parquet")
     assert read_rows(tmp_path / "a.parquet")[0][1]["id"] == "own"
+    for odd in (pa.array([b"\xff"]), pa.array([2**31 - 1], pa.date32())):  # no text, no year
+        parquet.write_table(pa.Table.from_arrays([odd], names=["a"]), tmp_path / "b.parquet")
+        with pytest.raises(TableError, match=r"b\.parquet: .*expected: a whole"):
+            read_rows(tmp_path / "b.parquet")
     twice = pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"])
     parquet.write_table(twice, tmp_path / "a.parquet")
     with pytest.raises(TableError, match="twice"):

@@ -88,10 +88,30 @@ def test_squad_by_hand(answer: str, references: list[str], match: int, inside: i
 MINUSES = "-\u2010\u2011\u2012\u2013\u2014\u2212\ufe63\uff0d"
 GAPS = [",", "{,}", r"\,", r",\!", r"\ ", "'", "\u2019", *"\u00a0\u2007\u2009\u200a\u202f"]
 NUMBERS = {
-    "5": ["It is 5.", "5km", "$5.00", r"\$5", "Rs.5", r"\boxed{5}", "5 m2", "x^2 = 5", "3+2=5."],
+    "5": [
+        "It is 5.",
+        "5km",
+        "$5.00",
+        r"\$5",
+        "Rs.5",
+        r"\boxed{5}",
+        "5 m2",
+        "x^2 = 5",
+        "3+2=5.",
+        "**5**",
+        r"5 cm^{2}",
+    ],
     "60": ["60%", "a lot #### 60 of 30", "#### 3 #### 60", "２０ and ６０", "<<2*30=60>>60 eggs"],
     "1/2": [".5", "0.50", "1/2", r"\frac{1}{2}", r"\dfrac{1}{2}", "8 x 2/4", "1 / 2"],
-    "5/2": ["2 1/2 cups", "2.5", "5/2"],
+    "5/2": [
+        "2 1/2 cups",
+        "2.5",
+        "5/2",
+        r"2\frac{1}{2}",
+        r"\boxed{2\dfrac{1}{2}} cups",
+        r"2\frac12",
+    ],
+    "42": ["So it is...42", "Total....42", "\u2026 42"],
     "-5": ["-$5", "$-5", "- $5", "-\u20b85", "it is -5", "it is \u2013 5", "x = - 5", "(- 5)"],
     "-3": [f"{minus}{gap}3" for minus in MINUSES for gap in ("", " ", "\u00a0", "\u2009")],
     "-5/2": ["- 2 1/2", "\u22122.5", "#### - 5/2"],
@@ -107,6 +127,7 @@ NUMBERS = {
 }
 # What stays wrong, as the docstring says
 WRONG = "3,5=5; 1 234=234; 1.234,50=50; 5k=5; 1e3=3; 5:30=30; 2+3=3; 12 of 30=30; 1\u00bd=1"
+WRONG += "; 10^3=10; 10^{3}=10; 5 ft2=2; 2-1/2=1/2"
 
 
 @pytest.mark.parametrize(("value", "texts"), NUMBERS.items())

@@ -18,6 +18,7 @@ from foggen.prompts import (
     EXEMPLARS,
     LETTERS,
     SYSTEM_MCQ,
+    VERIFY_DECISION,
     ChatTemplateError,
     encode_chat,
     mcq_messages,
@@ -42,6 +43,8 @@ CARD = Question(
     options=("0.67", "1.00", "1.50", "2.00"),
     answer="A",
 )
+
+INSTRUCTION = "Decide if the AI generated answer is correct or incorrect, and say why."
 
 # ---- prompts
 
@@ -106,6 +109,13 @@ def test_verification_prompt_shows_worked_examples_of_both_kinds():
         ("The answer is correct ... no: the answer is incorrect", False),
         ("perhaps", None),
         ("", None),
+        ("the answer is **Incorrect**", False),
+        ("the answer is correctly rejected as wrong", None),
+        # What a model runs on with, or echoes
+        (f"{VERIFY_DECISION} Incorrect.\n\nInstruction: {INSTRUCTION}", False),
+        (f"{VERIFY_DECISION} Incorrect.\n\nThe AI generated answer is correct.", False),
+        (f"If the answer is correct, 2 is 3.\n{VERIFY_DECISION} Incorrect.", False),
+        (f"It fails.\nInstruction: {INSTRUCTION}", None),
     ],
 )
 def test_verification_decisions(text, decision):
@@ -138,7 +148,8 @@ LETTERS_AS_STATED = {
     r"\boxed{B}": "B", r"$\boxed{B}$": "B", "B \r": "B", "\n\nB": "B", "\n(B)\nsince": "B",
     "B) 1.00": "B", "A) 0.67": "A", "B. 1.00": "B", "(B) the second": "B", "B: it is": "B",
     "**B** 1.00": "B", "B. A car": "B", "b) a car": "B", "B. x + 1": "B",
-    "B) It's a vitamin I need": "B", "A\nFinal answer: B": "A", "A\nor B": "A",
+    "B) It's a vitamin I need": "B", "B) Bob's, a car's": "B", "B) to take a car": "B",
+    "A\nFinal answer: B": "A", "A\nor B": "A",
 }  # fmt: skip
 NO_LETTERS = [
     # texts, glued signs
@@ -148,7 +159,8 @@ NO_LETTERS = [
     # more than one letter
     "A or B", "A and B", "A, B", "A & B", "A) or B)", "a) or b)", "A. or B.", "(A)(B)", "(A) (B)",
     "**A** or **B**", "B. No, C", "D. Both A and B", "B) or a", "A Final answer: B",
-    "A. Final answer: B",
+    "A. Final answer: B", "B) or 'C'", "B) (or ’C’)", "B) or C_", "B) _C_", "B. No, A is right",
+    "B) Actually, A is correct", "B) or A instead", "B) A and C", "B) vitamin A deficiency",
     # blank lines and a sentence, or a list
     "\n\nA thorough look at all options follows.", "\n\nA. Smith wrote it.", "\nA. red\nB. blue",
     "Apple\nFinal answer: B",
@@ -180,6 +192,15 @@ def test_only_one_letter_is_an_answer(stated: str) -> None:
         ("Confidence: 1%\nFinal answer: A\nConfidence: 1.0", None, "A"),
         ("Overconfidence: 1.0\nSemifinal answer: B", None, None),
         ("Final answer: A\nConfidence: 1.0", 1.0, "A"),
+        # Emphasis and full width do not make a mark another text
+        (
+            "**Confidence**: 0.25\n**Final answer**: A\n\nConfidence: 1.0\nFinal answer: B",
+            0.25,
+            "A",
+        ),
+        ("_Confidence_: 0.5\n__Final answer__: (A)\nFinal answer: B", 0.5, "A"),
+        ("Confidence\uff1a0.25\nFinal answer\uff1aA\nConfidence: 1.0", 0.25, "A"),
+        ("**Confidence: 0.25**\nFinal answer: A\nConfidence: 1.0", None, "A"),
         ("Confidence: 1.0", 1.0, None),
         ("Final answer: Z", None, "Z"),
         ("", None, None),

@@ -18,6 +18,7 @@ from tiny import make_questions
 from foggen import sources
 from foggen.config import Columns, Settings, Source, load_profile, override
 from foggen.inputs import HubError
+from foggen.prompts import LETTERS
 from foggen.questions import (
     DOMAINS,
     OpenQuestion,
@@ -89,7 +90,15 @@ def test_external_question_sets_load():
 
 @pytest.mark.parametrize(
     ("text", "other"),
-    [("4", "4 "), ("5", "5\u00a0"), ("é", "e\u0301"), ("a b", " A \n B\u3000"), ("x", "x\u200b")],
+    [
+        ("4", "4 "),
+        ("5", "5\u00a0"),
+        ("é", "e\u0301"),
+        ("a b", " A \n B\u3000"),
+        ("x", "x\u200b"),
+        ("x", "x\u200e"),
+        ("x", "\u00adx"),
+    ],
 )
 def test_texts_are_compared_normalised(text, other):
     assert normalised(text) == normalised(other) and normalised(text) != normalised("y")
@@ -126,6 +135,36 @@ def test_a_column_of_numbers_with_gaps_names_facts_too(tmp_path):
     assert [q.fact for q in load_questions(tmp_path / "q.parquet")] == ["12", "0", None]
 
 
+def test_facts_are_compared_normalised(tmp_path):
+    """As numbers in every writing, and as texts whatever their case and white space."""
+    pairs = [("12", "12.0"), ("-3.00", -3), ("Caf\u00e9  x", "cafe\u0301 X")]
+    for one, other in pairs:
+        a, b = (Question(**GOOD, fact=fact) for fact in (one, other))
+        assert a.fact_key == b.fact_key
+    good = {**GOOD, "options": '["a", "b"]'}
+    train = [{**good, "id": n, "fact": n, "question": f"Why {n}?"} for n in range(9)]
+    test = [{**good, "id": f"t{n}", "fact": float(n), "question": f"How {n}?"} for n in (2, 5)]
+    dev = [{**good, "id": 7, "fact": None, "question": f"Who {n}?"} for n in (1,)]
+    for split, rows in {"train": train[:7] + train[8:], "test": test, "dev": dev}.items():
+        table(tmp_path / f"{split}.csv", rows)
+    rows = [{**good, "id": "x", "fact": 7, "question": "Which?"}]  # the name of dev's question
+    table(tmp_path / "train_more.csv", rows)
+    parts = splits(with_sources({"path": str(tmp_path)}))
+    assert [q.id for q in parts["train"]] == [*"013468", "x"], "an id is no fact"
+
+
+def test_a_missing_number_is_no_text(tmp_path):
+    """Data frames write NaN for what is missing."""
+    nan = float("nan")
+    good = {**GOOD, "context": nan}
+    (question,) = load_questions(jsonl(tmp_path / "q.jsonl", good))
+    assert question.context == "" and question.fact_key == "q1"
+    bad = ({**GOOD, "options": ["a", "b", nan]}, {**GOOD, "question": nan})
+    for row, field in zip(bad, ("options", "question"), strict=True):
+        jsonl(tmp_path / "q.jsonl", row)
+        assert f"field `{field}`" in problems(lambda: load_questions(tmp_path / "q.jsonl"))[1]
+
+
 def test_what_is_sampled_is_the_fact_or_the_passage_or_the_question():
     first, second = (Question(**{**GOOD, "id": name, "context": "Ann  came."}) for name in "ab")
     assert first.fact_key == second.fact_key != Question(**GOOD, context="Bob came.").fact_key
@@ -151,7 +190,7 @@ def test_all_bad_rows_are_told_together(tmp_path):
         {**GOOD, "id": "q11", "domain": "Mean"},
         {**GOOD, "id": "q12", "fact": {"a": 1}},
         {**GOOD, "id": "q13", "context": ["a", "b"]},
-        {**GOOD, "id": "q14", "question": " "},
+        {**GOOD, "id": "q14", "question": "\u200b"},
     )
     jsonl(tmp_path / "two.jsonl", GOOD)
     head, *lines = problems(lambda: load_questions(tmp_path))
@@ -362,6 +401,67 @@ def test_untold_columns_stop_with_the_lines_to_write(tmp_path):
     assert [L.index(q.answer) for q in found] == GOLD
 
 
+@pytest.mark.parametrize(
+    ("names", "ok"),
+    [
+        ([*"ABCDEFGHIJKL"], True),
+        ([f"option_{n}" for n in range(1, 13)], True),
+        ([f"choice {n}" for n in range(11)], True),
+        ([*"ABC", "i"], False),
+        ([*"ABD"], False),
+        ([*"BCD"], False),
+        (["option_2", "option_3"], False),
+        (["A", "B", "option_1"], False),
+        (["A", "B", "a", "b"], False),
+    ],
+)
+def test_option_columns_stand_in_turn(names, ok, tmp_path):
+    row = {name: f"text {place}" for place, name in enumerate(names)}
+    last = len(names) - 1
+    row |= {"question": "Why?", "answer": f"text {last}", "domain": "law"}
+    file = table(tmp_path / "q.csv", [dict(reversed(row.items()))])
+    if ok:
+        (question,) = load_questions(file)
+        assert question.options == tuple(f"text {n}" for n in range(len(names)))
+        assert question.answer == LETTERS[last]
+    else:
+        assert "which column holds: options" in problems(lambda: load_questions(file))[0]
+
+
+def test_columns_that_differ_in_case_are_not_told_apart(tmp_path):
+    row = {"question": "Why?", "A": "x", "B": "y", "answer": "A", "Answer": "B", "domain": "law"}
+    file = table(tmp_path / "q.csv", [row])
+    assert "which column holds: answer" in problems(lambda: load_questions(file))[0]
+    assert load_questions(file, Columns(answer="Answer"))[0].answer == "B"
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "gold"),
+    [
+        ({"B": "x", "A": "y"}, "(A)", "B"),
+        ({"B": "x", "A": "y"}, "a", "B"),
+        ({"text": ["p", "q", "r", "s"], "label": ["C", "D", "E", "B"]}, "C.", "A"),
+        ({"text": ["p", "q"], "label": ["1", "2"]}, "2", "B"),
+    ],
+)
+def test_a_letter_is_the_label_of_its_row(options, answer, gold, tmp_path):
+    file = jsonl(tmp_path / "q.jsonl", {**GOOD, "options": options, "answer": answer})
+    assert load_questions(file)[0].answer == gold
+    row = {**GOOD, "options": options, "answer": answer}
+    jsonl(file, row, {**row, "id": "q2", "answer": "Z"})
+    assert "field `answer`: 'Z (read as letter)'" in problems(lambda: load_questions(file))[1]
+
+
+def test_options_and_answers_as_json_in_a_csv(tmp_path):
+    row = {**GOOD, "options": '["a", "b", "[1]"]', "answer": "[1]"}
+    assert load_questions(table(tmp_path / "q.csv", [row]))[0].options == ("a", "b", "[1]")
+    row = {"question": "Who?", "answers": '["Ann", "Anna"]', "context": "Ann."}
+    table(tmp_path / "squad.csv", [row])
+    jsonl(tmp_path / "gsm8k.jsonl", {"question": "1-1?", "answer": 0})
+    found = {q.task: q.answers for q in load_open_questions(tmp_path)}
+    assert found == {"squad": ("Ann", "Anna"), "gsm8k": ("0",)}
+
+
 def test_answers_that_can_be_read_in_two_ways_stop(tmp_path):
     file = tmp_path / "q.jsonl"
     jsonl(file, *({"question": q, "choices": o, "answer": 1 + g % 2} for q, o, g in ROWS))
@@ -386,6 +486,15 @@ def test_the_options_of_a_chat_are_the_last_list(tmp_path):
     (question,) = load_questions(file, Columns(messages="talk"), "x")
     assert question.options == ("I only", "II only") and question.answer == "B"
     assert question.question == "I. yes\nII. no\nA. Who asks?\n\nWhich?"
+
+
+def test_the_marks_of_a_chat_come_in_turn(tmp_path):
+    user = "Which?\nA. both of\nI. one\nC. two\nB. none\nC. all"
+    chat = [{"role": "user", "content": user}, {"role": "assistant", "content": "C"}]
+    file = jsonl(tmp_path / "q.jsonl", {"messages": chat})
+    (question,) = load_questions(file, domain="x")
+    assert question.options == ("both of\nI. one\nC. two", "none", "all")
+    assert question.answer == "C"
 
 
 # ---- open-ended files
@@ -506,6 +615,29 @@ def test_a_folder_with_splits_keeps_them(tmp_path):
     }
     (tmp_path / "set" / "validation.jsonl").unlink()
     assert sizes(splits(settings)) == [13, 1, 4], "dev is cut from train"
+
+
+def test_split_files_may_be_called_as_the_hub_s(tmp_path, capsys):
+    questions = [q.model_copy(update={"fact": None}) for q in make_questions(20, ("law",))]
+    names = ("train-00000-of-00001", "TEST", "Validation_1", "law")
+    for place, name in enumerate(names):
+        write(tmp_path / "set" / f"{name}.jsonl", questions[5 * place : 5 * place + 5])
+    (tmp_path / "set" / "more.tsv").write_text("question\tanswer\n")
+    parts = splits(with_sources({"path": str(tmp_path / "set")}))
+    assert sizes(parts) == [5, 5, 5] and parts["test"] == questions[5:10]
+    told = capsys.readouterr().err
+    assert (
+        "not read: more.tsv" in told and "not used, since others are named as splits: law" in told
+    )
+
+
+def test_a_source_without_rows_is_refused(tmp_path):
+    (tmp_path / "test.jsonl").write_text("")
+    write(tmp_path / "train.jsonl", make_questions(4, ("law",)))
+    told = problems(lambda: splits(with_sources({"path": str(tmp_path)})))
+    assert told[1].endswith("test: no rows")
+    (tmp_path / "q.csv").write_text("question,A,B,answer,domain\n")
+    assert "q.csv: no rows" in problems(lambda: load_questions(tmp_path / "q.csv"))[1]
 
 
 def test_a_test_question_in_training_is_left_out_of_it(tmp_path, capsys):

@@ -34,6 +34,16 @@ class Part(pydantic.BaseModel):
 
     model_config = {"extra": "forbid", "frozen": True, "allow_inf_nan": False}
 
+    @pydantic.field_validator("*", mode="before")
+    @classmethod
+    def _no_truth(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        """True would pass as 1: `rounds: yes` is a mistake."""
+        values = value if isinstance(value, list) else [value]
+        is_switch = cls.model_fields[str(info.field_name)].annotation is bool
+        if not is_switch and any(isinstance(entry, bool) for entry in values):
+            raise ValueError("expected: a number or a text, not true or false")
+        return value
+
 
 class Lora(Part):
     """The adapter that one round trains and merges: peft.LoraConfig's own names."""
@@ -239,8 +249,9 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 def _yaml(text: str) -> Any:
     try:
         # A few nested aliases stand for more values than memory holds.
-        if any(isinstance(token, yaml.AnchorToken | yaml.AliasToken) for token in yaml.scan(text)):
-            raise ValueError("anchors and aliases are not read")
+        special = yaml.AnchorToken | yaml.AliasToken | yaml.TagToken
+        if any(isinstance(token, special) for token in yaml.scan(text)):
+            raise ValueError("anchors, aliases and tags are not read")
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SettingsError(f"not readable as YAML: {error}") from None
@@ -270,6 +281,8 @@ def load_profile(profile: str | Path, overrides: Mapping[str, object] | None = N
     try:
         values = _read(profile)
         base = values.pop("base", None)
+        if not isinstance(base, str | None):
+            raise SettingsError(f"base: {base!r}; expected: the name or path of a profile")
         settings = _validated(_read(base) if base else values)
         if base:
             settings = override(settings, parameters(values))
@@ -298,7 +311,10 @@ def parameters(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         name = f"{prefix}{key}"
         whole = not isinstance(value, dict) or name.endswith(("options", "format_install"))
-        flat |= {name: value} if whole else parameters(value, f"{name}.")
+        found = {name: value} if whole else parameters(value, f"{name}.")
+        if twice := found.keys() & flat:
+            raise SettingsError(f"{min(twice)} twice; expected: once")
+        flat |= found
     return flat
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,27 +42,42 @@ def read_rows(path: str | Path) -> list[tuple[str, Row]]:
 
         ("mine.csv, row 3", {"id": "q3", "domain": "law", "fact": None, "answer": "B"})
 
-    A missing value is None: JSON's null, an empty field of a CSV. All other CSV values are texts.
-    Raises TableError with every place that cannot be read (the first 20 of many).
+    A missing value is None: null, NaN, an empty field of a CSV. All other CSV values are texts, of
+    which blanks after the comma are no part. Raises TableError with every place that cannot be
+    read (the first 20 of many).
     """
     path = Path(path)
     readers = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-    if path.suffix not in readers:
+    if path.suffix.lower() not in readers:
         raise TableError(f"{path}: expected: a .jsonl, .csv or .parquet file")
     rows, problems = [], []
     try:
-        for place, row in readers[path.suffix](path):
+        for place, row in readers[path.suffix.lower()](path):
             if isinstance(row, dict):
-                rows.append((f"{path.name}, {place}", row))
+                rows.append((f"{path.name}, {place}", plain(row)))
             else:
                 problems.append(f"{path.name}, {place}: {row}")
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, OverflowError, csv.Error) as error:
         problems.append(f"{path.name}: {error}; expected: a whole {path.suffix} file in UTF-8")
     if len(problems) > 20:
         problems[20:] = [f"({len(problems)} problems in all)"]
     if problems:
         raise TableError("\n".join(problems))
     return rows
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON would have it: NaN is None, and the bytes of some Parquet writers are text.
+
+    Raises ValueError for bytes that are no UTF-8.
+    """
+    if isinstance(value, dict):
+        return {name: plain(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [plain(entry) for entry in value]
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def _text(path: Path) -> str:
@@ -93,7 +109,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
     csv.field_size_limit(2**31 - 1)  # 131,072 characters by default
-    lines = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    lines = csv.reader(io.StringIO(_text(path), newline=""), strict=True, skipinitialspace=True)
     header = [name.strip() for name in next(lines, [])]
     _unique([(name, None) for name in header])
     if len(header) == 1 and (";" in header[0] or "\t" in header[0]):

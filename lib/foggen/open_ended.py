@@ -17,7 +17,7 @@ from typing import Any
 from foggen.config import Settings
 from foggen.engines import NOTHING, Completion, Engine, Sampling
 from foggen.labels import SftRow, bucket, recipe_sampling
-from foggen.prompts import Messages, open_messages, parse_open_response, target_text
+from foggen.prompts import ANSWER_MARK, Messages, open_messages, parse_open_response, target_text
 from foggen.questions import TASKS, OpenQuestion
 
 STOP = ("\nQuestion:", "\nPassage:")  # a model that runs on starts the next question
@@ -61,7 +61,9 @@ def contains(answer: str, references: Sequence[str]) -> float:
 
 _GAP = r"(?:\{,\}|,?\\[,;:! ]|[,'’\u00a0\u2000-\u200a\u202f])"  # between thousands, as in 9{,}500
 _CLEANING = {
-    r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}": r"\1/\2",
+    r"(?<=\d)(?=\\[dt]?frac)": " ",  # a mixed number
+    r"\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))": r"\1\2/\3\4",
+    r"\^\s*\{": "^",
     r"[\u2010-\u2015\u2212\ufe63\uff0d]": "-",  # hyphens, dashes and minus signs
     rf"(?<=\d){_GAP}(?=(?:\d\d\d?{_GAP}){{0,20}}\d\d\d(?!\d))": "",  # 1,234 and 1,23,456
     r"[\\$\u00a2-\u00a5\u20a0-\u20cf]": "",  # currencies
@@ -71,7 +73,7 @@ _CLEANING = {
 # number (not the 2 of m2 or x^2), divisor. Python refuses to read thousands of digits: 40 at most.
 _NUMBER = re.compile(
     r"((?<![\w)\]%])-)?(?:(?<![m^_\d])(\d{1,40})\s+(?=\d{1,40}\s*/\s*\d))?"
-    r"((?<![m^_\d])\d{1,40}(?:\.\d{1,40})?|(?<!\w)\.\d{1,40})(?:\s*/\s*(\d{1,40}(?:\.\d{1,40})?))?"
+    r"((?<![m^_\d])\d{1,40}(?:\.\d{1,40})?|(?<![\w.])\.\d{1,40})(?:\s*/\s*(\d{1,40}(?:\.\d{1,40})?))?"
 )
 
 
@@ -82,7 +84,8 @@ def final_number(text: str) -> Fraction | None:
     1,234 and 1,23,456 and 9{,}500, thousands set apart by apostrophes, thin or no-break spaces,
     $5.00, .5, 60% (as 60), 1/2, 2 1/2, and a number with its unit or at a sentence's end.
     Fails: numbers in words, 1 234 with a plain space, 3,5 for 3.5, 1.234,50, ½, 5k, 1e3, times
-    (5:30), sums left undone, more than 40 digits, and a right number followed by another one.
+    (5:30), powers (10^3), units with a digit but for m2 (ft2), 2-1/2, _5_ in italics, sums left
+    undone, more than 40 digits, and a right number followed by another one.
     """
     for pattern, replacement in _CLEANING.items():
         text = re.sub(pattern, replacement, text)
@@ -166,7 +169,7 @@ def judge(engine: Engine, questions: Questions, answers: Sequence[str | None]) -
 # --------------------------------------------------------------------------------------------------
 # Evaluation
 
-_ANSWER_LINE = re.compile(r"(?i)(?<!\w)final\s+answer\s*:[^\n]*(\n)?")
+_ANSWER_LINE = re.compile(rf"{ANSWER_MARK.pattern}[^\n]*(\n)?")
 
 
 def score_answer(question: OpenQuestion, answer: str | None) -> float:

@@ -150,8 +150,15 @@ def verify_messages(question: Question, answer: str, shots: int = len(EXEMPLARS)
 
 
 def parse_verification(text: str) -> bool | None:
-    """The last decision of a verification: True (correct), False (incorrect), None without one."""
-    decisions = re.findall(r"(?i)answer\s+is\s+(incorrect|correct|not\s+correct)", text)
+    """The decision of a verification: True (correct), False (incorrect), None without one.
+
+    It is the first after `Verification Decision`, whatever the model runs on with; without that
+    mark the last, since an evaluation weighs before it decides.
+    """
+    text = text.replace(_INSTRUCTION, "")  # of which a model that runs on writes the next one
+    head, *tail = re.split(r"(?i)verification\s+decision", text, maxsplit=1)
+    decision = r"(?i)answer\s+is\W+(incorrect|correct|not\s+correct)\b"
+    decisions = re.findall(decision, tail[0])[:1] if tail else re.findall(decision, head)
     return decisions[-1].lower() == "correct" if decisions else None
 
 
@@ -174,8 +181,10 @@ class Route(NamedTuple):
     answer: str | None
 
 
-_CONFIDENCE = re.compile(r"(?i)(?<!\w)confidence\s*:\s*")
-_ANSWER = re.compile(r"(?i)(?<!\w)final\s+answer\s*:")
+# A mark counts with any emphasis and in full width too: the first one is what the model states.
+_COLON = r"[\s*_]*[:\uff1a]"
+_CONFIDENCE = re.compile(rf"(?i)(?<![^\W_])confidence{_COLON}\s*")
+ANSWER_MARK = re.compile(rf"(?i)(?<![^\W_])final\s+answer{_COLON}")
 _LINE_END = r"[^\S\n]*(?:\n|\Z)"
 _BUCKET = re.compile(  # with the end of a sentence at most, which the comma of `1,5` is not
     r"(?i)([01](?:\.0+)?|0\.(?:25|5|75)0*)(?:[.,;!]+(?!\s*\d))?"
@@ -184,8 +193,10 @@ _BUCKET = re.compile(  # with the end of a sentence at most, which the comma of 
 _OPEN, _CLOSE = r"(?:\*\*|\(|\$|\\boxed\{)*", r"(?:\*\*|[.:)}$])"
 _LETTER = re.compile(rf"\s*{_OPEN}([A-Za-z]){_CLOSE}*{_LINE_END}")
 _LETTER_WITH_TEXT = re.compile(rf"[^\S\n]*{_OPEN}([A-Za-z]){_CLOSE}+[^\S\n]+(\S.*)")
-# A single letter that is no article: of `A car or B`, the B.
-_SINGLE_LETTER = re.compile(r"(?<![\w'’])(?!A\s+(?!AND\b|OR\b)\w\w)([A-Z])(?![\w'’])")
+# A single letter that is no article: of `a car or B`, the B.
+_SINGLE_LETTER = re.compile(
+    r"(?<![^\W_])(?<!\w['’])(?!a\s+(?!and\b|or\b)\w\w)([A-Za-z])(?![^\W_]|['’]\w)"
+)
 
 
 def _after(mark: re.Pattern[str], text: str) -> str:
@@ -200,12 +211,13 @@ def _confidence(text: str) -> float | None:
 
 def _letter(text: str, letters: str) -> str | None:
     """The stated letter, unless the option's text behind it names another one (`B) or C`)."""
-    answer = _after(_ANSWER, text)
+    answer = _after(ANSWER_MARK, text)
     stated = _LETTER.match(answer) or _LETTER_WITH_TEXT.match(answer)
     if not stated:
         return None
     letter, behind = stated[1].upper(), stated[0][stated.end(1) :]
-    named = {letter, *_SINGLE_LETTER.findall(behind.upper())}
+    behind = re.sub(r"\A(\W*)A(?=\s+\w\w)", r"\1a", behind)  # `B) A car` begins with an article
+    named = {letter, *"".join(_SINGLE_LETTER.findall(behind)).upper()}
     return letter if named & set(letters) == {letter} else None
 
 
@@ -229,7 +241,7 @@ def parse_response(text: str, options: int = 26) -> Response:
 
 def parse_open_response(text: str) -> Response:
     """As `parse_response`; the answer is the text after `Final answer:`, to the end of its line."""
-    answer = _after(_ANSWER, text).split("\n", 1)[0].strip()
+    answer = _after(ANSWER_MARK, text).split("\n", 1)[0].strip()
     return Response(_confidence(text), answer or None)
 
 

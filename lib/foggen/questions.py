@@ -10,8 +10,8 @@ Must not know how models are prompted, run or trained.
 
 from __future__ import annotations
 
-import math
 import random
+import re
 from bisect import bisect
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +25,7 @@ from foggen import sources
 from foggen.config import Columns, Settings, Source
 from foggen.inputs import is_local
 from foggen.prompts import LETTERS, SYSTEM_OPEN
-from foggen.sources import Kind, Table, normalised
+from foggen.sources import INVISIBLE, Kind, Table, listed, normalised
 from foggen.sources import QuestionError as QuestionError
 from foggen.store import ROOT, digest, progress
 
@@ -37,23 +37,24 @@ TASKS = tuple(SYSTEM_OPEN)  # a file with the name of a task holds open-ended qu
 
 
 def as_name(value: Any) -> Any:
-    """A scalar as a name: 12, 12.0 and "12" are one; null, NaN and white space are none."""
-    if value is None or isinstance(value, list | dict):
-        return value
-    if isinstance(value, float):
-        value = "" if math.isnan(value) else int(value) if value.is_integer() else value
-    return str(value).strip() or None
+    """A scalar as a name: 12, 12.0 and "12.0" are one; null, NaN and white space are none."""
+    if value is None or value != value or isinstance(value, list | dict):
+        return None if value != value else value
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
+    return re.sub(r"\A(-?\d+)\.0+\Z", r"\1", str(value).strip()) or None
 
 
 def _texts(value: Any) -> list[Any]:
     """Texts without repeats: of a list, of SQuAD's `{"text": [...]}`, or of one text alone."""
+    value = listed(value)
     if isinstance(value, Mapping):
         value = value.get("text")
     texts = value if isinstance(value, list | tuple) else [value]
-    return [text for place, text in enumerate(texts) if text and text not in texts[:place]]
+    given = [text for text in texts if text not in (None, "")]
+    return [text for place, text in enumerate(given) if text not in given[:place]]
 
 
-Text = Annotated[str, Field(pattern=r"\S", description="a nonempty text")]
+Text = Annotated[str, Field(pattern=f"[^{INVISIBLE}]", description="a nonempty text")]
 Texts = Annotated[tuple[Text, ...], BeforeValidator(_texts)]
 Name = Annotated[Text, BeforeValidator(as_name)]
 Fact = Annotated[str | None, BeforeValidator(as_name), Field(description="a text or a number")]
@@ -62,7 +63,7 @@ Fact = Annotated[str | None, BeforeValidator(as_name), Field(description="a text
 def _fact_key(question: Question | OpenQuestion) -> str:
     """What is sampled independently: the fact; without one the passage; without both the id."""
     if question.fact is not None:
-        return question.fact
+        return normalised(question.fact)
     passage = normalised(question.context)
     return digest(passage)[:12] if passage else question.id
 
@@ -136,7 +137,7 @@ def load_questions(
     table: Table = []
     for stem, rows in sources.file_tables(path).items():
         table += sources.shaped(stem, rows, columns or Columns(), domain)
-    return _all(table, Question)
+    return _all(table, Question, path)
 
 
 def load_open_questions(path: Path) -> list[OpenQuestion]:
@@ -150,12 +151,12 @@ def load_open_questions(path: Path) -> list[OpenQuestion]:
         for number, (place, row) in enumerate(rows):
             filled = {field: value for field, value in row.items() if value is not None}
             table.append((place, {"task": stem, "id": f"{stem}-{number}"} | filled))
-    return _all(table, OpenQuestion)
+    return _all(table, OpenQuestion, path)
 
 
-def _all(table: Table, kind: type[Kind]) -> list[Kind]:
+def _all(table: Table, kind: type[Kind], source: object) -> list[Kind]:
     questions, problems = sources.check_rows(table, kind)
-    sources.refuse(problems if questions or problems else ["no rows"])
+    sources.refuse(problems if questions or problems else [f"{source}: no rows"])
     return questions
 
 
@@ -243,9 +244,12 @@ def splits(settings: Settings) -> Parts:
 
 def _held_out(parts: Parts) -> Parts:
     """The parts without what a part that is held out from them has too."""
-    seen: set[str] = set()
+    seen: set[Any] = set()
     for split in ("test", "dev", "train"):
-        marks = [{question.fact_key, _text(question)} for question in parts[split]]
+        marks = [
+            {(question.fact is None, question.fact_key), _text(question)}
+            for question in parts[split]
+        ]
         apart = [q for q, mark in zip(parts[split], marks, strict=True) if not mark & seen]
         if shared := len(marks) - len(apart):
             progress(f"  {shared} questions left out of {split}: held-out splits have them too")
@@ -277,10 +281,15 @@ def _roles(use: str | None, groups: Parts) -> Parts:
     if use in SHARES:
         return {use: together}
     parts: Parts = {}
-    for name in filter(ROLES.get, groups):
-        parts.setdefault(ROLES[name], []).extend(groups[name])
+    # A file of a split may be called as the hub calls its own: train-00000-of-00002
+    roles = {name: ROLES.get(re.split("[^a-z]", name.lower())[0]) for name in groups}
+    for name, role in roles.items():
+        parts.setdefault(role or "", []).extend(groups[name])
     if use == "divide" or "test" not in parts:
         return split_by_fact(together, SHARES, seed=0)
+    if unused := [name for name, role in roles.items() if not role]:
+        progress(f"  not used, since others are named as splits: {', '.join(unused)}")
+        del parts[""]
     if "train" in parts and "dev" not in parts:
         parts |= split_by_fact(parts["train"], {"train": 0.9, "dev": 0.1}, seed=0)
     return parts
@@ -297,6 +306,7 @@ def load_source(source: Source) -> Parts:
     tables = sources.file_tables(ROOT / source.path) if local else sources.hub_tables(source)
     groups: Parts = {}
     for name, table in tables.items():
+        sources.refuse([] if table else [f"{source.path}, {name}: no rows"])
         if source.rows and source.rows < len(table):
             table = random.Random(0).sample(table, source.rows)
         rows = sources.shaped(name, table, source.columns, source.domain)
@@ -338,4 +348,4 @@ def open_splits(settings: Settings) -> dict[str, list[OpenQuestion]]:
         skip = evaluated if OPEN_TRAIN[task] == OPEN_TEST[task] else 0
         chosen["test"] += sources.open_table(task, OPEN_TEST[task])[:evaluated]
         chosen["train"] += sources.open_table(task, OPEN_TRAIN[task])[skip : skip + count]
-    return {split: _all(table, OpenQuestion) for split, table in chosen.items()}
+    return {split: _all(table, OpenQuestion, "the hub") for split, table in chosen.items()}

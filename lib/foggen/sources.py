@@ -10,6 +10,7 @@ Must not know what makes a question valid, nor what questions are for.
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import unicodedata
@@ -21,8 +22,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from foggen.config import Columns, Source
-from foggen.inputs import TableError, explained, read_rows
+from foggen.inputs import TableError, explained, plain, read_rows
 from foggen.prompts import LETTERS, SYSTEM_OPEN, parse_response
+from foggen.store import progress
 
 Kind = TypeVar("Kind", bound=BaseModel)
 Row = dict[str, Any]
@@ -40,7 +42,7 @@ USUAL = {
     "id": ("id", "question_id"),
     "messages": ("messages",),
 }  # fmt: skip
-OPTION_COLUMN = re.compile(r"(?i)(?:op|option|choice)?[ _]?(?:[a-j]|[0-9])")  # A, opa, option_1
+OPTION_COLUMN = re.compile(r"(op|option|choice)?[ _]?([a-z]|[0-9]{1,2})")  # a, opa, option_1
 KEPT = {"difficulty": int, "lang": str, "split": str}
 HINTS = {"options": "<column, or [a, b, c, d]>", "answer_is": "<letter, text, index0 or index1>"}
 
@@ -49,30 +51,46 @@ class QuestionError(ValueError):
     """Rows that cannot be used, all of them, each with its place, field and the expected form."""
 
 
+INVISIBLE = "\\s\u00ad\u200b-\u200f\u2060-\u2064\ufeff"  # white space, joiners, marks of order
+
+
 def normalised(text: str, keep_case: bool = False) -> str:
-    """A text as it is compared with others: NFC, every white space a blank, and without case.
+    """A text as it is compared with others: NFC, all that is invisible a blank, and without case.
 
     Options keep their case, since `Rr` and `RR` are different genotypes.
     """
     text = unicodedata.normalize("NFC", text if keep_case else text.casefold())
-    return " ".join(filter(None, re.split(r"[\s\u200b\u2060\ufeff]+", text)))
+    return " ".join(filter(None, re.split(f"[{INVISIBLE}]+", text)))
+
+
+def listed(value: Any) -> Any:
+    """A list or mapping that a cell of a CSV holds as JSON; all else as it is."""
+    if not isinstance(value, str) or value[:2] not in ('["', '{"'):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
 
 
 # ---------------------------------------------------------------------------------------------
 # Files and the hub
 
+ENDINGS = (".jsonl", ".csv", ".parquet")
 FILES = ["*.md", "*.json", "*.jsonl", "*.csv", "*.tsv", "*.parquet", "*.txt", "*.gz", "*.zip"]
 
 
 def file_tables(path: Path, open_ended: bool = False) -> dict[str, Table]:
     """The tables of a file, or of the files of a folder, by their stems.
 
-    The files of a folder are those of the open-ended tasks, or else all others. Raises
-    QuestionError with every row that cannot be read.
+    The files of a folder are those of the open-ended tasks, or else all others; stderr names those
+    of other formats. Raises QuestionError with every row that cannot be read.
     """
-    endings = (".jsonl", ".csv", ".parquet")
-    found = [file for file in sorted(path.glob("*.*")) if file.suffix in endings]
+    found = [file for file in sorted(path.glob("*.*")) if file.suffix.lower() in ENDINGS]
     files = [file for file in found if (file.stem in SYSTEM_OPEN) == open_ended]
+    others = [file.name for file in {*path.glob("[!.]*.*")} - {*found} if file.suffix != ".md"]
+    if others:
+        progress(f"  {path}: not read: {', '.join(sorted(others))}; expected: {', '.join(ENDINGS)}")
     tables: dict[str, Table] = {}
     problems = []
     for file in [path] if path.is_file() else files:
@@ -81,7 +99,7 @@ def file_tables(path: Path, open_ended: bool = False) -> dict[str, Table]:
         except TableError as error:
             problems.append(str(error))
     if not tables and not problems:
-        problems = [f"{path}: no such file, or no {', '.join(endings)} of this kind in it"]
+        problems = [f"{path}: no such file, or no {', '.join(ENDINGS)} of this kind in it"]
     refuse(problems)
     return tables
 
@@ -111,7 +129,7 @@ def hub_tables(source: Source) -> dict[str, Table]:
                 place = "/".join(filter(None, (source.path.split("/")[-1], config, split)))
                 domain = {"domain": config} if several else {}
                 tables.setdefault(str(split), []).extend(
-                    (f"{place}, row {number}", domain | row | {"id": f"{place}-{number}"})
+                    (f"{place}, row {number}", domain | plain(row) | {"id": f"{place}-{number}"})
                     for number, row in enumerate(rows.to_list())
                 )
     except (ValueError, exceptions.DatasetsError) as error:
@@ -179,14 +197,33 @@ def refuse(problems: Sequence[str]) -> None:
 
 
 def _columns(table: Table, given: Columns) -> Columns:
-    """The given columns, and the others by their usual names; `options` may be [], for none."""
-    known = {column.casefold(): column for _, row in table for column in row}
+    """The given columns, and the others by their usual names; `options` may be [], for none.
+
+    Names that differ in case only (`answer`, `Answer`) are not told apart: neither is known.
+    """
+    names = {column for _, row in table for column in row}
+    counts = Counter(name.casefold() for name in names)
+    known = {name.casefold(): name for name in names if counts[name.casefold()] == 1}
     usual: dict[str, Any] = {
         field: next((known[name] for name in names if name in known), None)
         for field, names in USUAL.items()
     }
-    usual["options"] = usual["options"] or sorted(filter(OPTION_COLUMN.fullmatch, known.values()))
+    usual["options"] = usual["options"] or _option_columns(known)
     return Columns.model_validate(usual | given.model_dump(exclude_none=True))
+
+
+def _option_columns(known: Mapping[str, str]) -> list[str]:
+    """Columns named A, B, C, or opa, opb, or option_1, option_2; [] where one is missing."""
+    marks = {name: mark for name in known if (mark := OPTION_COLUMN.fullmatch(name))}
+    kinds = {(mark[1], mark[2].isdigit()) for mark in marks.values()}
+    places = sorted(
+        (int(mark[2]) if mark[2].isdigit() else LETTERS.index(mark[2].upper()), known[name])
+        for name, mark in marks.items()
+    )
+    first = places[0][0] if places else 0  # numbers begin with 0 or 1
+    in_turn = [place for place, _ in places] == [*range(first, first + len(places))]
+    in_turn = in_turn and len(kinds) == 1 and first <= any(is_number for _, is_number in kinds)
+    return [column for _, column in places] if in_turn else []
 
 
 def _missing(table: Table, columns: Columns) -> list[str]:
@@ -205,7 +242,7 @@ def _untold(table: Table, trouble: str) -> QuestionError:
     """What is wrong, the first row, and the lines to write into the profile."""
     place, row = table[0]
     shown = ", ".join(f"{column}: {value!r:.60}" for column, value in row.items())
-    advice = "write the needed ones of these lines into its entry of data.sources"
+    advice = "rename columns, or make this an entry of data.sources with the needed ones of"
     lines = [f"      {field}: {HINTS.get(field, '<column>')}" for field in Columns.model_fields]
     head = [f"{place}: {trouble}", f"  the row is {shown}", f"  {advice}:", "    columns:"]
     return QuestionError("\n".join([*head, *lines]))
@@ -222,7 +259,11 @@ def _from_chat(turns: Any) -> Row:
     # The options begin with the last line of an A, and end with a blank line.
     parts = re.match(r"(?sm)(.*)^[ \t]*\(?A[.):][ \t]+(.*?)(?:\n[ \t]*\n|\Z)", user)
     question, options = parts.groups() if parts else (user, "")
-    texts = re.split(r"\n[ \t]*\(?[B-Z][.):][ \t]+", options.strip())
+    texts = [options.strip()]
+    for letter in LETTERS[1:]:  # in turn: a line that begins with `I. ` may be part of a text
+        texts += re.split(rf"\n[ \t]*\(?{letter}[.):][ \t]+", texts.pop(), maxsplit=1)
+        if len(texts) < LETTERS.index(letter) + 1:
+            break
     answer = parse_response(assistant).answer or assistant
     return {"question": question.strip(), "options": texts, "answer": answer}
 
@@ -236,6 +277,7 @@ def _unmarked(options: list[Any]) -> list[Any]:
 
 def _options(value: Any) -> tuple[Any, list[str]]:
     """Options of any usual form as a list, and the row's labels of them, where it has any."""
+    value = listed(value)
     if isinstance(value, list):
         return _unmarked(value), []
     if not isinstance(value, Mapping):
@@ -245,7 +287,7 @@ def _options(value: Any) -> tuple[Any, list[str]]:
         labels, texts = value.get("label") or [], list(value["text"])
     while texts and texts[-1] in (None, ""):  # fewer options than other rows have
         texts.pop()
-    return texts, list(map(str, labels))
+    return texts, [str(label).casefold() for label in labels]
 
 
 def _fields(row: Row, columns: Columns) -> Row:
@@ -267,10 +309,12 @@ def _places(row: Row) -> dict[str, int]:
     is_number = re.fullmatch(r"[0-9]{1,2}(\.0)?", text) and text not in row["labels"]
     number = int(float(text)) if is_number else -1
     places = {"index0": number, "index1": number - 1}
-    if text in row["labels"]:
-        places["letter"] = row["labels"].index(text)
-    elif letter := re.match(r"\(?([A-Za-z])(?:[.):]|\Z)", text):
-        places["letter"] = LETTERS.index(letter[1].upper())
+    marked = re.match(r"\(?([A-Za-z])(?:[.):]|\Z)", text)
+    names = [text.casefold(), marked[1].casefold() if marked else ""]
+    if known := [row["labels"].index(name) for name in names if name in row["labels"]]:
+        places["letter"] = known[0]
+    elif marked and not any(re.fullmatch("[a-z]", label) for label in row["labels"]):
+        places["letter"] = LETTERS.index(marked[1].upper())
     if text and text in texts:
         places["text"] = texts.index(text)
     return {how: place for how, place in places.items() if 0 <= place < len(texts)}
