@@ -21,6 +21,9 @@ BODIES = {
     "null choice": b'{"choices": [null]}',
     "list": b'[{"choices": [{"message": {"content": "A"}}]}]',
     "error": b'{"error": {"message": "upstream is busy"}}',
+    "error in it": b'{"error": {"code": 429}, "choices": [{"message": {"content": ""}}]}',
+    "error of the choice": b'{"choices": [{"error": {"code": 429}, "message": {"content": ""}}]}',
+    "error as the end": b'{"choices": [{"message": {"content": ""}, "finish_reason": "error"}]}',
     "nested": b"[" * 100_000,
 }
 UNPAID = b'{"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}'
@@ -128,6 +131,8 @@ class Handler(BaseHTTPRequestHandler):
             self.drip(b" " * 200)
         elif play == "drip headers":
             self.drip(b"HTTP/1.1 200 OK\r\nX-Header: " + b"x" * 200)
+        elif play.startswith("redirect"):
+            self.send(int(play.split()[1]), b"{}", Location="http://elsewhere/v1")
         elif value:
             self.send(429, b"{}", **{name: value})
         elif play in BODIES:

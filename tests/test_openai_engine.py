@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import signal
 import subprocess
 import sys
@@ -403,6 +404,39 @@ def test_a_silent_server_is_told_the_same_whichever_limit_ends_the_wait(
         http.timeout = piece
         with pytest.raises(httpx2.ReadTimeout, match=r"no whole reply within 0.5 s \(`timeout`\)"):
             http.post(server.url, json=body, headers={"Authorization": f"Bearer {KEY}"})
+
+
+@pytest.mark.parametrize("status", ["301", "302", "307", "308"])
+def test_prompts_follow_no_redirection(server: FaultServer, tmp_path: Path, status: str) -> None:
+    server.script["a"] = [f"redirect {status}"]
+    with pytest.raises(EngineError, match=rf"base_url.*{status} location: http://elsewhere"):
+        ask(client(server, tmp_path), "a")
+    assert server.asked == Counter("a") and not files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"concurrency": 0}, "concurrency: 0; expected: a number of at least 1"),
+        ({"timeout": "abc"}, "timeout: 'abc'; expected: a number"),
+        ({"timeout": float("nan")}, "timeout: nan"),
+        ({"max_retries": -1}, "max_retries: -1"),
+        ({"max_retries": True}, "max_retries: True"),
+        ({"on_failure": "Stop"}, "on_failure: 'Stop'; expected: stop or keep_local"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_at_once(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(EngineError, match=re.escape(said)):
+        make_engine("openai", "cloud", base_url="http://localhost/v1", **options)
+
+
+def test_answers_that_could_not_be_kept_are_not_asked_for(
+    server: FaultServer, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(EngineError, match=r"cache: .*file.*expected: a folder that can be written"):
+        ask(client(server, tmp_path / "file"), "a")
+    assert not server.asked and (tmp_path / "file").read_text() == "mine"
 
 
 def test_what_a_server_cannot_do_is_refused(tmp_path: Path) -> None:

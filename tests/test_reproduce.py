@@ -120,6 +120,14 @@ def test_a_broken_record_means_to_do(checkout: Checkout, broken: str) -> None:
     assert [plan.state(notebook) for notebook in plan.keys] == ["to do"]
 
 
+def test_a_cut_notebook_is_run_again(checkout: Checkout) -> None:
+    notebook = checkout.notebook("01_first")
+    assert checkout.reproduce() == 0
+    (checkout.run / "notebooks" / notebook.name).write_text("")
+    plan = reproduce.make_plan(load_profile("pocket"), checkout.run, checkout.notebooks)
+    assert plan.state(notebook) == "to do"
+
+
 def test_other_code_of_the_library_is_a_change(
     checkout: Checkout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,7 +364,7 @@ def test_what_is_missing_is_said_with_the_line_to_type(
 
 
 def test_a_server_needs_its_address_and_key(
-    paper: Settings, monkeypatch: pytest.MonkeyPatch
+    paper: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = {"cloud.base_url": "http://127.0.0.1:1/v1", "cloud.key_variable": "MY_KEY"}
     settings = override(paper, {"cloud.engine": "openai", "cloud.model": "strong", **server})
@@ -367,6 +375,10 @@ def test_a_server_needs_its_address_and_key(
     assert missing(settings) == ""
     address = override(settings, {"cloud.base_url": "http://user:secret@host/v1"})
     assert "the server of strong: " in missing(address) and "secret" not in missing(address)
+    reproduce.show_plan(reproduce.Plan(address, ROOT / "runs" / "none", {}))
+    assert "cloud.base_url = http://***@host/v1" in capsys.readouterr().out
+    slow = override(settings, {"cloud.options": {"concurrency": 0}})
+    assert "concurrency: 0; expected: a number of at least 1" in missing(slow)
 
 
 def test_vllm_on_a_cpu_needs_no_gpu(paper: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

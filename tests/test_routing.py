@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -196,6 +197,22 @@ def test_wrong_values_are_named(column: str, value: object, message: str) -> Non
         check_outcomes(frame, "mine", scores=["mine"])
 
 
+def test_seeds_in_other_writings_are_the_same(tmp_path: Path) -> None:
+    rows = [dict(id="a", domain="d", local_correct=1, cloud_correct=1, confidence=1)] * 3
+    rows = [{**row, "seed": seed} for row, seed in zip(rows, (0, 0.0, None), strict=True)]
+    file = tmp_path / "o.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(routing.OutcomesError) as error:
+        routing.read_outcomes(file)
+    assert str(error.value).count("'a' is there twice") == 2
+
+
+def test_a_column_named_by_a_number_is_kept() -> None:
+    outcomes = make_outcomes(5, 1)
+    outcomes[0] = 7
+    assert routing.check_outcomes(outcomes)["0"].tolist() == [7] * 5
+
+
 def test_all_problems_come_together() -> None:
     frame = TOY.astype(object)
     frame.loc[:, "local_correct"] = 7
@@ -357,6 +374,22 @@ def test_a_budget_says_how_far_it_is_overrun() -> None:
     excess = np.mean([max(choice.tau - 0.4, 0) for choice in choices])
     assert np.mean([choice.overrun for choice in choices]) == pytest.approx(excess, abs=0.004)
     assert excess > 0.002 and f"{choices[0].overrun:.3f}" in choices[0].reason
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_risk": 20},
+        {"max_risk": -1},
+        {"max_risk": float("nan")},
+        {"max_risk": 0.1, "delta": 2},
+        {"max_cloud_share": 30},
+        {"max_cloud_share": 0.5, "candidates": []},
+    ],
+)
+def test_tau_for_no_share_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="choose_tau: "):
+        routing.choose_tau(make_outcomes(20, 2), **options)
 
 
 def test_tau_for_a_risk() -> None:

@@ -342,8 +342,37 @@ def test_checkpoints_are_paired_by_question() -> None:
     result = table[["difference_low", "difference_high"]].to_numpy(float)
     np.testing.assert_allclose(result, drawn, atol=6e-3)  # but for the t quantile of 80 facts
     other = bootstrap(before.iloc[::-1], partial(at_share, **options), 400)
-    with pytest.raises(ValueError, match="same questions and seeds in the same order"):
+    alone = bootstrap(before.assign(fact="one"), partial(at_share, **options), 400)
+    with pytest.raises(ValueError, match="same questions, seeds, domains and facts"):
+        paired_table({"after": runs[0], "before": alone}, "sysacc")
+    with pytest.raises(ValueError, match="same questions, seeds, domains and facts"):
         paired_table({"after": runs[0], "before": other}, "sysacc")
+
+
+@pytest.mark.parametrize("facts", [1, 3, 12])
+def test_a_few_facts_without_spread_have_no_interval(facts: int) -> None:
+    """Of one fact per domain nothing can be resampled: neither an interval nor p."""
+    outcomes = make_outcomes(40, facts).assign(difference=0.25)
+    outcomes["fact"] = outcomes["domain"]
+    table = bootstrap(outcomes, lambda f, c: {"difference": means(c, f["difference"])}, 100).table()
+    assert (table["difference"] == 0.25).all()
+    assert table[["difference_low", "difference_high", "p"]].isna().all(axis=None)
+    assert table["note"].str.contains("fewer than 20 facts").all()
+
+
+def test_a_difference_of_rounding_alone_is_0() -> None:
+    outcomes = make_outcomes(40, 25, seed=3)
+    outcomes["fine"] = np.random.default_rng(3).random(len(outcomes))
+    table = stats.score_table(outcomes, ["fine", "confidence"], 1.0, resamples=100)
+    rows = table[table["score"] == "confidence"]
+    assert (rows[["difference", "difference_low", "difference_high"]] == 0).all(axis=None)
+    assert (rows["p"] == 1).all()
+
+
+@pytest.mark.parametrize("share", [1.5, -0.1, float("nan")])
+def test_a_share_is_from_0_to_1(share: float) -> None:
+    with pytest.raises(ValueError, match="expected 0 to 1"):
+        bootstrap(make_outcomes(10, 2), partial(at_share, share=share), 10)
 
 
 def test_an_undefined_difference_has_no_p() -> None:

@@ -318,19 +318,21 @@ def test_only_places_of_the_store_are_cleaned(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run = Run(folder)
     (folder / "tables").symlink_to(mine, target_is_directory=True)
-    (folder / "stages" / ".tmp-link").symlink_to(mine, target_is_directory=True)
+    link = folder / "stages" / (name[:-1] + "0")
+    link.symlink_to(mine, target_is_directory=True)
     kept = [mine / name, folder / ".tmp-notes", folder / "done" / ".tmp-mine" / "a"]
-    kept += [folder / "mine" / name, folder / "stages" / "one" / ".tmp-a"]
-    left = [folder / name, folder / "done" / name, folder / "stages" / ".tmp-3" / "a"]
+    kept += [folder / "mine" / name, folder / "stages" / "one" / name]
+    kept += [folder / "stages" / ".tmp-video" / "a.mp4"]
+    left = [folder / name, folder / "done" / name, folder / "stages" / name / "a"]
     for file in [*kept, *left]:
         write_text(file, "x")
     with run.locked():
         assert all(file.exists() for file in kept) and not any(file.exists() for file in left)
-        assert not os.path.lexists(folder / "stages" / ".tmp-link")
+        assert not os.path.lexists(link)
 
 
 def test_a_folder_of_other_things_is_refused(run: Run, tmp_path: Path) -> None:
-    write_text(run.stages / ".tmp-live" / "half", "x")
+    write_text(store.temporary_path(run.stages) / "half", "x")
     for folder in (tmp_path, run.stages):  # a parent of a live run, a folder inside of one
         before = snapshot(tmp_path)
         with pytest.raises(RunFolderError, match=r"other things than a run; expected: .*RUN="):
@@ -341,6 +343,24 @@ def test_a_folder_of_other_things_is_refused(run: Run, tmp_path: Path) -> None:
     file = write_text(tmp_path / "file", "x")
     with pytest.raises(RunFolderError, match="cannot be used"):
         Run(file / "run")  # as in a folder that may not be written
+
+
+def test_files_of_the_same_names_make_no_run_of_a_folder(tmp_path: Path) -> None:
+    write_json(tmp_path / "editor" / "settings.json", {"theme": "dark", "model": 5})
+    write_text(tmp_path / "studio" / "stages" / ".tmp-video" / "a.mp4", "x")
+    for name in ("editor", "studio"):
+        with pytest.raises(RunFolderError, match="other things than a run"):
+            Run(tmp_path / name)
+
+
+def test_stages_may_lie_on_another_disk(run: Run, tmp_path: Path) -> None:
+    first = run.cached("one", {}, write("x"))
+    second = run.cached("two", {}, write("y"), [first / "out.txt"])
+    run.stages.rename(tmp_path / "disk")
+    run.stages.symlink_to(tmp_path / "disk", target_is_directory=True)
+    again = Run(run.folder)
+    assert again.cached("two", {}, write("z"), [first / "out.txt"]) == second
+    assert (second / "out.txt").read_text() == "y"
 
 
 def test_one_writer_at_a_time(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,7 +194,8 @@ def hub_entries(values: Any) -> Iterator[tuple[dict[str, Any], str, str]]:
             yield from hub_entries(value)
     if isinstance(values, dict) and values.get("engine") != "openai":
         for name, revision in REVISIONS.items():
-            if values.get(name) and revision in values and not is_local(values[name]):
+            hub_id = values.get(name)
+            if isinstance(hub_id, str) and hub_id and revision in values and not is_local(hub_id):
                 yield values, name, revision
 
 

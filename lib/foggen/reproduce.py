@@ -10,6 +10,7 @@ import argparse
 import ast
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -60,7 +61,7 @@ class Plan(NamedTuple):
     def state(self, notebook: Path) -> str:
         """`done`, `changed` (something that it depends on is not what it was) or `to do`."""
         key = store.read_record(self.sentinel(notebook)).get("key")
-        if not key or not self.executed(notebook).exists():
+        if not key or not store.read_record(self.executed(notebook)):
             return "to do"
         return "done" if key == self.keys[notebook] else "changed"
 
@@ -204,7 +205,7 @@ def show_plan(plan: Plan) -> None:
     for need, advice in needs(plan.settings):
         print(f"  {need}" + f": {advice}" * bool(advice))
     for name, value in config.parameters(plan.settings.model_dump(mode="json")).items():
-        print(f"  {name} = {value}")
+        print(re.sub("//[^/]*@", "//***@", f"  {name} = {value}"))  # of base_url, a password
 
 
 # ---- The command line

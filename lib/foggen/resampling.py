@@ -109,10 +109,10 @@ class Bootstrap:
     """`values` {metric: (rows, 1 + resamples)}: the estimate, then its draws.
 
     Rows are the domains, then their mean; `questions` and `facts` (rows,) say what they rest on.
-    `ids` holds the questions in their order, with their training seeds.
+    `ids` holds the questions in their order, with their training seeds, domains and facts.
     """
 
-    ids: list[tuple[str, int]]
+    ids: list[tuple[Any, ...]]
     rows: list[str]
     questions: Codes
     facts: Codes
@@ -125,7 +125,7 @@ class Bootstrap:
         See `quantile_interval`. A proportion of 0 or 1 has no spread to draw: its ends are those of
         the exact binomial (Clopper-Pearson) interval of as many facts.
         """
-        draws, filled = self.values[metric], self.facts[:-1][self.facts[:-1] > 0]
+        draws, filled = denoised(self.values[metric]), self.facts[:-1][self.facts[:-1] > 0]
         sizes = np.append(self.facts[:-1], filled.mean())
         rows, centre = zip(draws, sizes, strict=True), metric.startswith("ece")
         table = np.array([quantile_interval(row, n, level, centre) for row, n in rows])
@@ -145,9 +145,18 @@ class Bootstrap:
         columns = {"domain": self.rows, "n": self.questions, "facts": self.facts}
         for metric, values in self.values.items():
             low, high, p = self.interval(metric).T
-            columns |= {metric: values[:, 0], f"{metric}_low": low, f"{metric}_high": high}
+            columns |= {
+                metric: denoised(values[:, 0]),
+                f"{metric}_low": low,
+                f"{metric}_high": high,
+            }
             columns |= {"p": p} if metric == "difference" else {}
         return annotate(Frame(columns))
+
+
+def denoised(values: Array) -> Array:
+    """The values, with 0 for what float32 rounding leaves of a 0."""
+    return np.where(np.abs(values) < _NOISE, 0.0, values)
 
 
 def quantile_interval(
@@ -160,10 +169,11 @@ def quantile_interval(
     estimate: those of a calibration error lie too high. p inverts the interval: it is below
     1 - level where 0 lies outside. It is never below 2 / (1 + resamples): to correct over m
     comparisons, take far more than 2 m / alpha resamples. Near perfect calibration no interval
-    here covers: the debiased ECE is biased upwards there, plain ECE everywhere.
+    here covers: the debiased ECE is biased upwards there, plain ECE everywhere. All are NaN where
+    fewer than 20 facts leave the draws without spread: too few to tell chance from certainty.
     """
     known = np.sort(draws[1:][np.isfinite(draws[1:])])
-    if len(known) < 2 or np.isnan(draws[0]):
+    if len(known) < 2 or np.isnan(draws[0]) or (n < FEW and known[0] == known[-1]):
         return np.nan, np.nan, np.nan
     # What is never negative stays so, and what is never above 1
     least, most = min(known[0], 0), max(known[-1], 1)
@@ -173,7 +183,7 @@ def quantile_interval(
     scores = ndtri(np.linspace(0, 1, len(known)).clip(finest, 1 - finest))
     ends = middle + (known[[0, -1]] - middle) * _FAR / abs(scores[0])
     scores, known = np.hstack([-_FAR, scores, _FAR]), np.hstack([ends[0], known, ends[1]])
-    n = max(n, 2)
+    n = max(n, 2)  # draws of one fact spread by the seeds alone
     wider = np.sqrt(n / (n - 1))
     tail = wider * stdtrit(n - 1, (1 - level) / 2)
     low, high = np.interp([tail, -tail], scores, known)
@@ -210,9 +220,9 @@ def bootstrap(
     for metric in max(draws, key=len):
         rows = np.array([drawn.get(metric, blank) for drawn in draws])
         rows = np.vstack([rows, mean_defined(rows)])
-        values[metric] = np.where(np.abs(rows) < _NOISE, 0.0, rows)
+        values[metric] = rows
     questions, facts = np.array([*sizes, np.sum(sizes, axis=0)]).T
-    ids = list(zip(outcomes["id"], seeds, strict=True))
+    ids = list(zip(outcomes["id"], seeds, domain, fact_codes(outcomes), strict=True))
     return Bootstrap(ids, [*map(str, names), MEAN], questions, facts, values)
 
 
@@ -239,7 +249,8 @@ def paired_table(sides: Mapping[str, Bootstrap], metric: str) -> Frame:
     """
     first, second = sides.values()
     if first.ids != second.ids:
-        raise ValueError("paired_table: expected the same questions and seeds in the same order")
+        trouble = "the same questions, seeds, domains and facts in the same order"
+        raise ValueError(f"paired_table: expected {trouble}")
     a, b = first.values[metric], second.values[metric]
     values = dict(zip([*sides, "difference"], [a, b, a - b], strict=True))
     proportions = tuple(sides) if metric.startswith(first.proportions) else ()
@@ -248,7 +259,9 @@ def paired_table(sides: Mapping[str, Bootstrap], metric: str) -> Frame:
 
 def annotate(table: Frame) -> Frame:
     """The table of domains and mean with a `note`: why cells are NaN, and where facts are few."""
-    metrics = [name for name in table if not name.endswith(("_low", "_high", "note"))]
+    metrics = [
+        name for name in table if not name.endswith(("_low", "_high", "note")) and name != "p"
+    ]
     domains = table["domain"] != MEAN
     partly = table.loc[domains, metrics].isna().any()
     few = table.loc[domains, "facts"].between(1, FEW - 1)

@@ -34,6 +34,11 @@ def _number(value: Any) -> Any:
     return words.get(str(value).strip().lower(), value)
 
 
+def _key_part(value: Any) -> str:
+    """What makes two ids or seeds the same: 0, 0.0, "0" and false are one."""
+    return str(as_name(_number(value)))
+
+
 SHARE, COUNT = "a number from 0 to 1", "a number of at least 0"
 Correct = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1, description=SHARE)]
 Score = Annotated[Correct | None, BeforeValidator(_number), Field(description=f"{SHARE}, or empty")]
@@ -81,6 +86,7 @@ def read_outcomes(path: Path | str, scores: Sequence[str] = ()) -> Frame:
 
 def check_outcomes(outcomes: Frame, source: str = "outcomes", scores: Sequence[str] = ()) -> Frame:
     """A checked copy with numeric columns as floats; all problems come in one `OutcomesError`."""
+    outcomes = outcomes.rename(columns=str)
     rows = outcomes.astype(object).where(outcomes.notna(), None).to_dict("records")
     places = [f"{source}, row {number}" for number in range(1, len(rows) + 1)]
     return _checked(list(zip(places, rows, strict=True)), source, scores)
@@ -109,7 +115,7 @@ def _checked(table: list[tuple[str, Any]], source: str, scores: Sequence[str]) -
                 form = fields[name].description
                 problems.append(f"{place}, column `{name}`: {value}; expected {form}")
     # No question twice
-    keys = Frame([(str(as_name(row.get("id"))), str(row.get("seed"))) for _, row in table])
+    keys = Frame([map(_key_part, (row.get("id"), row.get("seed") or 0)) for _, row in table])
     for number in np.flatnonzero(keys.duplicated()):
         problems.append(f"{table[number][0]}, column `id`: {keys[0][number]!r} is there twice")
     if problems:
@@ -199,10 +205,14 @@ def choose_tau(
     candidate, Holm's correction). The bound needs independent rows, so it rests on one question of
     a fact, drawn so that all questions are as likely. tau = inf (always the cloud) if none passes.
 
-    Candidates must be fixed beforehand. Raises ValueError for a budget that no candidate keeps.
+    Candidates must be fixed beforehand. Raises ValueError for a budget that no candidate keeps, and
+    for shares that are none.
     """
-    if (max_cloud_share is None) == (max_risk is None):
-        raise ValueError("choose_tau: give one of max_cloud_share=0..1 and max_risk=0..1")
+    if (max_cloud_share is None) == (max_risk is None) or not len(candidates):
+        raise ValueError("choose_tau: give one of max_cloud_share and max_risk, and candidates")
+    for value in (max_cloud_share, max_risk, delta):
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"choose_tau: {value}; expected: a share from 0 to 1")
     overrun = 0.0
     if max_cloud_share is not None:
         table = _candidates(outcomes, sorted(candidates), score)

@@ -187,6 +187,8 @@ def at_share(
         routed = means(counts, frame[share])
     else:
         routed = np.full(len(counts), 0.5 if share is None else share)
+    if not isinstance(share, str | None) and not 0 <= share <= 1:
+        raise ValueError(f"share={share}; expected 0 to 1")
     everywhere = routed_gain(count, gain, None)
     gained = everywhere if share is None else routed_gain(count, gain, routed)
     values = {"share": routed, "sysacc": raw + gained, "lift": gained - routed * gap}

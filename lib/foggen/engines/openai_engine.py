@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Literal
 
 import httpx2
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from foggen.engines.base import Chats, Completion, Engine, EngineError, Sampling
 from foggen.prompts import Messages
-from foggen.store import ROOT, digest, write_text
+from foggen.store import ROOT, digest, progress, write_text
 
 log = logging.getLogger(__name__)
 ADVICE = "check `model` and `base_url`, the key in {} (`key_variable`) and its account's quota"
@@ -37,7 +38,7 @@ class OpenAIEngine(Engine):
     `on_failure` says what follows when retries are used up: `stop` raises (run again to resume),
     `keep_local` leaves the prompt without completions, for the next run to ask, and counts it in
     `failures`. The client of `openai` waits .5 to 8 s between tries, or up to 120 s of Retry-After.
-    Raises EngineError at once for an address or a key that cannot work.
+    Raises EngineError at once for an address, a key, a cache or options that cannot work.
     """
 
     model: str
@@ -56,12 +57,19 @@ class OpenAIEngine(Engine):
         self.end: EngineError | None = None  # why no more is asked
         check_address(self.base_url)
         read_key(self.key_variable)
+        for name, least in {"concurrency": 1, "timeout": 0.001, "max_retries": 0}.items():
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not value >= least:
+                raise EngineError(f"{name}: {value!r}; expected: a number of at least {least}")
+        if self.on_failure not in ("stop", "keep_local"):
+            raise EngineError(f"on_failure: {self.on_failure!r}; expected: stop or keep_local")
 
     def generate(self, prompts: Chats, sampling: Sampling) -> list[list[Completion]]:
         """As in `Engine`."""
         url, key, self.end = self.base_url.rstrip("/"), read_key(self.key_variable), None
         samples, retries = range(sampling.n), self.max_retries
         bodies = [self._body(prompt, sampling) for prompt in prompts]
+        check_cache(Path(self.cache))
         names = [[digest([url, body, sampling.seed, k]) for k in samples] for body in bodies]
         todo = {name: body for body, row in zip(bodies, names, strict=True) for name in row}
         http = LimitedClient(self)
@@ -73,6 +81,7 @@ class OpenAIEngine(Engine):
                 replies = dict(zip(todo, bar, strict=True))
             except BaseException:  # such as Ctrl-C: what is on its way is kept, no more is asked
                 self.end = self.end or EngineError("cloud: interrupted")
+                progress("  cloud: stops when the answers on their way are in (at most 2 min)")
                 raise
         answers = [[replies[name] for name in row] for row in names]
         self.failures = sum(None in row for row in answers)
@@ -110,7 +119,15 @@ class OpenAIEngine(Engine):
         status, said, asks = 500, str(error.__cause__), ""
         if isinstance(error, openai.APIStatusError):
             status, reply = error.status_code, error.response
-            asks = "".join(f"{k}: {v}, " for k, v in reply.headers.items() if "retry" in k)
+            telling = (
+                "retry",
+                "location",
+            )  # a redirection is not followed: prompts go nowhere else
+            asks = "".join(
+                f"{k}: {v}, "
+                for k, v in reply.headers.items()
+                if any(word in k for word in telling)
+            )
             said = f"{status} {asks}{reply.text}"
         passing = status in (408, 409, 429) or status >= 500
         if passing:
@@ -132,7 +149,7 @@ class LimitedClient(openai.DefaultHttpxClient):
     """
 
     def __init__(self, engine: OpenAIEngine) -> None:
-        super().__init__(timeout=engine.timeout)
+        super().__init__(timeout=engine.timeout, follow_redirects=False)
         self.engine, self.tries = engine, ThreadPoolExecutor(1000)
 
     def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
@@ -157,7 +174,7 @@ class LimitedClient(openai.DefaultHttpxClient):
 
 
 def read_reply(body: bytes, key: str = "") -> Completion | None:
-    """What a server or a file says, with the key masked; None if it has no choice.
+    """What a server or a file says, with the key masked; None if it has no choice, or an error.
 
     {"choices": [{"message": {"content": "Confidence: 1.0"}, "finish_reason": "stop"}],
      "usage": {"completion_tokens": 12}}
@@ -165,8 +182,11 @@ def read_reply(body: bytes, key: str = "") -> Completion | None:
     try:
         data = json.loads(body)
         choice = data["choices"][0]
-        finished = choice.get("finish_reason") != "length"
+        reason = choice.get("finish_reason")
+        failed = data.get("error") or choice.get("error") or reason == "error"
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    if failed:
         return None
     message, usage = choice.get("message"), data.get("usage")
     # Content: a text, or a list of parts, of which those that are text count
@@ -177,7 +197,7 @@ def read_reply(body: bytes, key: str = "") -> Completion | None:
     text = text.encode("utf-8", "replace").decode()  # half a surrogate pair could not be written
     tokens: Any = usage.get("completion_tokens") if isinstance(usage, dict) else 0
     known = type(tokens) is int and 0 <= tokens < 10**9
-    return Completion(masked(text, key), tokens if known else 0, finished)
+    return Completion(masked(text, key), tokens if known else 0, reason != "length")
 
 
 def reply_text(reply: Completion) -> str:
@@ -204,6 +224,15 @@ def read_key(variable: str | None) -> str:
         odd = "is empty, or holds a space, a line break or a character that is not ASCII"
         raise EngineError(f"the key in {variable} (`key_variable`) {odd}: copy it again")
     return key
+
+
+def check_cache(folder: Path) -> None:
+    """Raises EngineError for a folder that cannot keep answers, before any is paid for."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise EngineError(f"cache: {error}; expected: a folder that can be written") from None
 
 
 def check_address(url: Any) -> None:
