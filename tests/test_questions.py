@@ -137,7 +137,7 @@ def test_a_column_of_numbers_with_gaps_names_facts_too(tmp_path):
 
 def test_facts_are_compared_normalised(tmp_path):
     """As numbers in every writing, and as texts whatever their case and white space."""
-    pairs = [("12", "12.0"), ("-3.00", -3), ("Caf\u00e9  x", "cafe\u0301 X")]
+    pairs = [("12", "12.0"), ("-3.00", -3), ("Café  x", "cafe\u0301 X")]
     for one, other in pairs:
         a, b = (Question(**GOOD, fact=fact) for fact in (one, other))
         assert a.fact_key == b.fact_key
@@ -408,7 +408,7 @@ def test_untold_columns_stop_with_the_lines_to_write(tmp_path):
         ([f"option_{n}" for n in range(1, 13)], True),
         ([f"choice {n}" for n in range(11)], True),
         ([*"ABC", "i"], False),
-        ([*"ABD"], False),
+        (["A", "B", "D"], False),
         ([*"BCD"], False),
         (["option_2", "option_3"], False),
         (["A", "B", "option_1"], False),
@@ -704,7 +704,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             asked.write(json.dumps([path, revision]) + "\n")
         return str(tmp_path / path.split("/")[-1])
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr("foggen.inputs.snapshot_download", snapshot)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     return tmp_path
 
@@ -756,7 +756,8 @@ def test_a_hub_set_with_a_configuration_per_domain(domain, hub):
     assert counts == ({"law": 40, "c++": 40} if domain is None else {"words": 80})
     assert len({question.id for question in questions}) == 80
     assert len(load_source(Source(path="some/set", name="Law", domain="law"))["test"]) == 40
-    assert "Available" in problems(lambda: load_source(Source(path="some/set", name="Art")))[0]
+    with pytest.raises(HubError, match="Available"):
+        load_source(Source(path="some/set", name="Art"))
     (hub / "set").rename(hub / "other")
     jsonl(
         hub / "other" / "Law" / "all.jsonl", *({**row, "domain": "Art"} for row in numbers(0, 40))
@@ -772,7 +773,7 @@ def test_what_the_hub_says_is_told(monkeypatch):
         response = httpx2.Response(429, request=httpx2.Request("GET", "https://huggingface.co/x"))
         raise HfHubHTTPError("429 Too Many Requests", response=response)
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", busy)
+    monkeypatch.setattr("foggen.inputs.snapshot_download", busy)
     with pytest.raises(HubError, match=r"some/set.*429"):
         load_source(Source(path="some/set"))
 

@@ -38,9 +38,8 @@ class Part(pydantic.BaseModel):
     @classmethod
     def _no_truth(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
         """True would pass as 1: `rounds: yes` is a mistake."""
-        values = value if isinstance(value, list) else [value]
-        is_switch = cls.model_fields[str(info.field_name)].annotation is bool
-        if not is_switch and any(isinstance(entry, bool) for entry in values):
+        kinds = map(type, value if isinstance(value, list) else [value])
+        if bool in kinds and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError("expected: a number or a text, not true or false")
         return value
 
@@ -259,9 +258,8 @@ def _yaml(text: str) -> Any:
 
 def _read(profile: str | Path) -> dict[str, Any]:
     """The values in a profile's file."""
-    path = Path(profile)
-    if path.suffix not in (".yaml", ".yml"):
-        path = PROFILES / f"{profile}.yaml"
+    is_file = str(profile).endswith((".yaml", ".yml"))
+    path = Path(profile) if is_file else PROFILES / f"{profile}.yaml"
     try:
         values = _yaml(path.read_text(encoding="utf-8-sig"))
         if not isinstance(values, dict):
@@ -339,5 +337,4 @@ def _validated(values: Mapping[str, Any]) -> Settings:
     try:
         return Settings.model_validate(values)
     except pydantic.ValidationError as error:
-        problems = re.sub(r"\n +For further information.*", "", str(error))
-        raise SettingsError(problems) from None
+        raise SettingsError(re.sub(r"\n +For further information.*", "", str(error))) from None

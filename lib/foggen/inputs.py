@@ -20,10 +20,11 @@ from typing import Any
 import httpx2
 from huggingface_hub import constants, errors, resolve_revision, snapshot_download
 
-from foggen.config import Settings, SettingsError, parameters
+from foggen.config import Settings, SettingsError, Source, parameters
 from foggen.store import ROOT
 
 Row = dict[str, Any]
+Table = list[tuple[str, Row]]  # rows with their places
 
 
 class TableError(ValueError):
@@ -37,7 +38,7 @@ class HubError(SettingsError):
 # ---- Tables
 
 
-def read_rows(path: str | Path) -> list[tuple[str, Row]]:
+def read_rows(path: str | Path) -> Table:
     """The rows of a .jsonl, .csv or .parquet file, each with its place.
 
         ("mine.csv, row 3", {"id": "q3", "domain": "law", "fact": None, "answer": "B"})
@@ -135,6 +136,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
 
 # ---- The hub
 
+DATA_FILES = ["*.md", "*.json", "*.jsonl", "*.csv", "*.tsv", "*.parquet", "*.txt", "*.gz", "*.zip"]
 MODEL_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]  # no pickles, no code
 REVISIONS = dict(
     model="revision", labels_from="revision", path="revision", r15_model="r15_revision"
@@ -182,6 +184,38 @@ def model_folder(model: str, revision: str | None = None) -> Path:
         return ROOT / model
     with explained(model, "model", revision):
         return Path(snapshot_download(model, revision=revision, allow_patterns=MODEL_FILES))
+
+
+def hub_tables(source: Source) -> dict[str, Table]:
+    """The tables of a hub set, by its splits; the id of a row is its place.
+
+    A set with several configurations of which none is named is read whole: the domain of a row
+    is then the name of its configuration, unless it has a column `domain`. Raises HubError where
+    the hub does not give the set, or it cannot be read.
+    """
+    from datasets import exceptions, get_dataset_config_names, load_dataset
+
+    # `datasets` alone takes any cached revision where the hub cannot be reached.
+    with explained(source.path, "dataset", source.revision):
+        folder = snapshot_download(
+            source.path, repo_type="dataset", revision=source.revision, allow_patterns=DATA_FILES
+        )
+    tables: dict[str, Table] = {}
+    try:
+        known = get_dataset_config_names(folder)
+        several = not source.name and len(known) > 1 and "default" not in known
+        for config in known if several else [source.name]:
+            loaded = load_dataset(folder, config, split=source.split)
+            for split, rows in ({source.split: loaded} if source.split else loaded).items():
+                place = "/".join(filter(None, (source.path.split("/")[-1], config, split)))
+                domain = {"domain": config} if several else {}
+                tables.setdefault(str(split), []).extend(
+                    (f"{place}, row {number}", domain | plain(row) | {"id": f"{place}-{number}"})
+                    for number, row in enumerate(rows.to_list())
+                )
+    except (ValueError, exceptions.DatasetsError) as error:
+        raise HubError(f"data set {source.path}: {error}") from error
+    return tables
 
 
 def hub_entries(values: Any) -> Iterator[tuple[dict[str, Any], str, str]]:

@@ -23,9 +23,9 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from foggen import sources
 from foggen.config import Columns, Settings, Source
-from foggen.inputs import is_local
+from foggen.inputs import Table, hub_tables, is_local
 from foggen.prompts import LETTERS, SYSTEM_OPEN
-from foggen.sources import INVISIBLE, Kind, Table, listed, normalised
+from foggen.sources import INVISIBLE, Kind, listed, normalised
 from foggen.sources import QuestionError as QuestionError
 from foggen.store import ROOT, digest, progress
 
@@ -246,10 +246,7 @@ def _held_out(parts: Parts) -> Parts:
     """The parts without what a part that is held out from them has too."""
     seen: set[Any] = set()
     for split in ("test", "dev", "train"):
-        marks = [
-            {(question.fact is None, question.fact_key), _text(question)}
-            for question in parts[split]
-        ]
+        marks = [{(q.fact is None, q.fact_key), _text(q)} for q in parts[split]]
         apart = [q for q, mark in zip(parts[split], marks, strict=True) if not mark & seen]
         if shared := len(marks) - len(apart):
             progress(f"  {shared} questions left out of {split}: held-out splits have them too")
@@ -303,7 +300,7 @@ def load_source(source: Source) -> Parts:
     hub does not give the set.
     """
     local = is_local(source.path)
-    tables = sources.file_tables(ROOT / source.path) if local else sources.hub_tables(source)
+    tables = sources.file_tables(ROOT / source.path) if local else hub_tables(source)
     groups: Parts = {}
     for name, table in tables.items():
         sources.refuse([] if table else [f"{source.path}, {name}: no rows"])

@@ -192,6 +192,15 @@ def quantile_interval(
     return max(low, least), min(high, most), min(p, 1)
 
 
+def p_noise(p: ArrayLike, resamples: int, comparisons: int = 1) -> Array:
+    """How far (95%) Holm's p over some comparisons may move with the draw of the resamples.
+
+    p: the uncorrected ones, each of two tails, which `resamples` draws estimate by counting.
+    """
+    tail = np.asarray(p) / 2
+    return np.asarray(comparisons * 2 * 1.96 * np.sqrt(tail * (1 - tail) / resamples))
+
+
 def bootstrap(
     outcomes: Frame, statistic: Statistic, resamples: int = 10_000, seed: int = 0
 ) -> Bootstrap:

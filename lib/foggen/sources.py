@@ -22,13 +22,11 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from foggen.config import Columns, Source
-from foggen.inputs import TableError, explained, plain, read_rows
+from foggen.inputs import Row, Table, TableError, hub_tables, read_rows
 from foggen.prompts import LETTERS, SYSTEM_OPEN, parse_response
 from foggen.store import progress
 
 Kind = TypeVar("Kind", bound=BaseModel)
-Row = dict[str, Any]
-Table = list[tuple[str, Row]]
 
 # The names of columns in lower case, the more telling first
 USUAL = {
@@ -77,7 +75,6 @@ def listed(value: Any) -> Any:
 # Files and the hub
 
 ENDINGS = (".jsonl", ".csv", ".parquet")
-FILES = ["*.md", "*.json", "*.jsonl", "*.csv", "*.tsv", "*.parquet", "*.txt", "*.gz", "*.zip"]
 
 
 def file_tables(path: Path, open_ended: bool = False) -> dict[str, Table]:
@@ -101,39 +98,6 @@ def file_tables(path: Path, open_ended: bool = False) -> dict[str, Table]:
     if not tables and not problems:
         problems = [f"{path}: no such file, or no {', '.join(ENDINGS)} of this kind in it"]
     refuse(problems)
-    return tables
-
-
-def hub_tables(source: Source) -> dict[str, Table]:
-    """The tables of a hub set, by its splits; the id of a row is its place.
-
-    A set with several configurations of which none is named is read whole: the domain of a row
-    is then the name of its configuration, unless it has a column `domain`. Raises HubError where
-    the hub does not give the set, QuestionError where it cannot be read.
-    """
-    from datasets import exceptions, get_dataset_config_names, load_dataset
-    from huggingface_hub import snapshot_download
-
-    # `datasets` alone takes any cached revision where the hub cannot be reached.
-    with explained(source.path, "dataset", source.revision):
-        folder = snapshot_download(
-            source.path, repo_type="dataset", revision=source.revision, allow_patterns=FILES
-        )
-    tables: dict[str, Table] = {}
-    try:
-        known = get_dataset_config_names(folder)
-        several = not source.name and len(known) > 1 and "default" not in known
-        for config in known if several else [source.name]:
-            loaded = load_dataset(folder, config, split=source.split)
-            for split, rows in ({source.split: loaded} if source.split else loaded).items():
-                place = "/".join(filter(None, (source.path.split("/")[-1], config, split)))
-                domain = {"domain": config} if several else {}
-                tables.setdefault(str(split), []).extend(
-                    (f"{place}, row {number}", domain | plain(row) | {"id": f"{place}-{number}"})
-                    for number, row in enumerate(rows.to_list())
-                )
-    except (ValueError, exceptions.DatasetsError) as error:
-        raise QuestionError(f"data set {source.path}: {error}") from error
     return tables
 
 
