@@ -428,3 +428,16 @@ def test_intervals_cover_the_truth_in_95_percent_of_data_sets(per_fact: int, agr
     coverage = {name: count / 2000 for name, count in hits.items()}
     print(coverage)
     assert all(0.93 <= share <= 0.97 for share in coverage.values()), coverage
+
+
+def test_the_noise_of_p_is_that_of_other_resamples() -> None:
+    """P of a difference with 50 draws of 500 resamples strays as far as `p_noise` says."""
+    outcomes = make_outcomes(60, 2, rich=True, seed=5)
+    outcomes["difference"] = outcomes["cloud_correct"] - outcomes["local_correct"] - 0.12
+
+    def statistic(frame: pd.DataFrame, counts: np.ndarray) -> dict[str, np.ndarray]:
+        return {"difference": means(counts, frame["difference"])}
+
+    p = [mean_row(bootstrap(outcomes, statistic, 500, seed).table())["p"] for seed in range(50)]
+    said = float(resampling.p_noise(np.mean(p), np.mean(p), 500)) / 1.96
+    assert 0.5 < np.std(p) / said < 1.5 and 0.001 < np.mean(p) < 0.9

@@ -192,13 +192,13 @@ def quantile_interval(
     return max(low, least), min(high, most), min(p, 1)
 
 
-def p_noise(p: ArrayLike, resamples: int, comparisons: int = 1) -> Array:
-    """How far (95%) Holm's p over some comparisons may move with the draw of the resamples.
+def p_noise(p: ArrayLike, p_holm: ArrayLike, resamples: int) -> Array:
+    """How far (95%) Holm's p may move with the draw of the resamples.
 
-    p: the uncorrected ones, each of two tails, which `resamples` draws estimate by counting.
+    p: the uncorrected ones, of two tails each, whose shares the resamples estimate by counting.
     """
     tail = np.asarray(p) / 2
-    return np.asarray(comparisons * 2 * 1.96 * np.sqrt(tail * (1 - tail) / resamples))
+    return np.asarray(1.96 * np.sqrt((1 - tail) / tail / resamples) * p_holm)
 
 
 def bootstrap(
