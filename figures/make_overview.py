@@ -77,6 +77,7 @@ def diagram(axes: Axes, title: str, boxes: Boxes, arrows: Arrows) -> None:
 def overview() -> Figure:
     """(a) routing at inference, (b) the loop that teaches the model to know itself."""
     plots.style()
+    plt.rcParams["text.parse_math"] = True  # no names from files here, but formulas
     figure, (left, right) = plt.subplots(1, 2, figsize=(11.2, 4.0), width_ratios=(1, 1.12))
     diagram(left, "(a) Inference: one generation decides", ROUTING, ROUTES)
     diagram(right, "(b) Training: rounds of labelling and fine-tuning", LOOP, STEPS)

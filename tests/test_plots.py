@@ -86,6 +86,13 @@ def test_axes_say_their_units_and_how_many_questions(name: str) -> None:
     plt.close("all")
 
 
+def test_a_dollar_in_a_name_begins_no_formula() -> None:
+    """Names come from files of others, and half a formula would stop the whole notebook."""
+    figure = plots.reliability(make_outcomes(40), {"confidence": "$x_{$"}, "cost in $, in $")
+    figure.canvas.draw()
+    plt.close(figure)
+
+
 def test_reliability_shows_the_size_of_every_bin() -> None:
     outcomes = make_outcomes(40)
     figure = plots.reliability(outcomes, {"confidence": "stated word"}, "Reliability")

@@ -57,6 +57,8 @@ def test_a_cell_can_be_printed_as_another_metric() -> None:
     assert show.cell(ROW, "difference", "signed") == "+0.02 [+0.00, +0.03]"
     assert show.points(ROW) == "+2.0 points [+0.0, +3.4]"
     assert show.points(ROW, "sysacc") == "+77.7 points [+74.8, +80.4]"
+    assert show.points({"difference": 0.02}) == "+2.0 points"  # too few facts for an interval
+    assert show.points({"difference": np.nan}) == "-"
 
 
 def test_a_table_has_headers_and_keeps_texts() -> None:

@@ -43,7 +43,8 @@ def cell(row: pd.Series | Mapping[str, Any], name: str, like: str = "") -> str:
 
 def points(row: pd.Series | Mapping[str, Any], name: str = "difference") -> str:
     """`+2.0 points [+0.4, +3.4]` of a difference of two shares, for a sentence."""
-    return cell(row, name, "difference").replace(" [", " points [")
+    value, *interval = cell(row, name, "difference").split(" ", 1)
+    return value if value == "-" else " ".join([value, "points", *interval])
 
 
 def table(frame: Frame, columns: Mapping[str, str]) -> Frame:
