@@ -198,7 +198,7 @@ def p_noise(p: ArrayLike, p_holm: ArrayLike, resamples: int) -> Array:
     p: the uncorrected ones, of two tails each, whose shares the resamples estimate by counting.
     """
     tail = np.asarray(p) / 2
-    return np.asarray(1.96 * np.sqrt((1 - tail) / tail / resamples) * p_holm)
+    return np.asarray(1.96 * np.sqrt((1 - tail) / tail / resamples) * np.asarray(p_holm))
 
 
 def bootstrap(
