@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from scripted import Scripted, noted_trainings, slot
-from tiny import make_model
+from tiny import make_model, make_questions
 
 from foggen import evaluation
 from foggen.chain import (
@@ -349,3 +349,9 @@ def test_ten_kills_end_with_the_same_chain(small, tmp_path):
         return json.loads((run / "table.json").read_text()), models
 
     assert str(ends(tmp_path / "run")) == str(ends(tmp_path / "whole"))
+
+
+def test_a_chain_without_dev_questions_is_refused(small: Settings, tmp_path: Path) -> None:
+    run, train = Run(tmp_path / "run", small), make_questions()
+    with pytest.raises(SettingsError, match="no dev questions"):
+        run_chain(run, train, [], EngineSlot(lambda model: pytest.fail("asked")))

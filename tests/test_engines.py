@@ -514,7 +514,7 @@ def test_vllm_names_a_prompt_that_is_too_long(vllm: Any) -> None:
     for asked in (lambda: engine.generate([*chats(2), long], Sampling(max_tokens=8)),
                   lambda: engine.score([*chats(2), long], [["A"]] * 3)):  # fmt: skip
         with pytest.raises(
-            EngineError, match=r"1 of 3 prompts.*max_model_len, 100;.*capital of Kazakh"
+            EngineError, match=r"1 of 3 prompts.*100 .max_model_len.;.*capital of Kazakh"
         ):
             asked()
     assert engine.llm.requests == []
@@ -542,3 +542,23 @@ def test_vllm_takes_new_weights_and_end_tokens(vllm: Any, folder: Path, tmp_path
     engine.llm.reset_prefix_cache = lambda: False
     with pytest.raises(EngineError, match="mix two models"):
         engine.reload(other)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"max_tokens": 0}, {"n": -1}, {"temperature": -1}, {"temperature": 1e-42}, {"top_p": 0},
+        {"top_k": -1}, {"stop": ("",)}, {"temperature": float("nan")},
+    ],
+)  # fmt: skip
+def test_what_no_engine_can_draw_by_is_refused(odd: dict[str, Any]) -> None:
+    with pytest.raises(EngineError, match="out of range, or a stop string is empty"):
+        Sampling(**odd)
+
+
+def test_a_prompt_longer_than_the_model_is_named(tiny_model: Path) -> None:
+    engine = TransformersEngine(tiny_model)
+    long = [[{"role": "user", "content": "so " * 3000}]]
+    for ask in (lambda: engine.generate(long, Sampling()), lambda: engine.score(long, [["a"]])):
+        with pytest.raises(EngineError, match=r"1 of 1 prompts .* do not fit .* 2048 .*'so so"):
+            ask()

@@ -344,3 +344,25 @@ def test_first_takes_the_number_of_each_task(pocket: Settings) -> None:
     pool = [*copies(G, asked["gsm8k"] + 5), *copies(S, 2)]
     chosen = open_ended.first(pool, asked)
     assert [one.id for one in chosen] == ["s0", "s1", *(f"g{i}" for i in range(asked["gsm8k"]))]
+
+
+@pytest.mark.parametrize(
+    ("text", "reasoning"),
+    [
+        ("Confidence: 0.5\n2+2=4\nFinal answer: 4", "2+2=4"),
+        ("**Confidence**: 1.0\n2+2=4\nFinal answer: 4", "2+2=4"),
+        ("Confidence\uff1a 0.75\n2+2=4\nFinal answer: 4", "2+2=4"),
+        ("Confidence: 75%\n2+2=4\nFinal answer: 4", "2+2=4"),
+        ("Confidence: high\n2+2=4\nFinal answer: 4", "2+2=4"),
+        ("2+2=4, so\nConfidence: 1.0\nFinal answer: 4", "2+2=4, so"),
+        ("Confidence: 1.0\n2+2=4\nConfidence: 0.5\nFinal answer: 4", "2+2=4"),
+    ],
+)
+def test_a_trace_states_no_confidence_of_its_own(text: str, reasoning: str) -> None:
+    assert open_ended.trace(text) == reasoning
+
+
+def test_truth_is_told_in_any_script() -> None:
+    right, wrong = ["Қазақстан астанасы Астана"], ["Алматы"]
+    assert open_ended.truth_margin(right[0], right, wrong) == 1
+    assert open_ended.truth_margin("Алматы", right, wrong) == -1

@@ -19,7 +19,7 @@ from foggen import training
 from foggen.config import Settings, SettingsError, override
 from foggen.engines import make_engine
 from foggen.prompts import encode_chat, mcq_messages, plain_ids, turn_end_ids
-from foggen.store import read_json
+from foggen.store import read_json, write_json
 from foggen.training import Job, TrainingError, encode_row, load_tokenizer, sft, train_elsewhere
 
 ROWS = [
@@ -254,6 +254,32 @@ def test_a_base_model_takes_the_teachers_template_and_ends_its_turns(tiny_model,
     more.save_pretrained(base)
     with pytest.raises(SettingsError, match="another vocabulary"):
         load_tokenizer(base, settings)
+
+
+def test_target_modules_may_be_a_pattern(tiny_model, small, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    pattern = r".*\.(q|v)_proj"
+    sft(job(tiny_model, override(small, {"lora.target_modules": pattern}), tmp_path / "model"))
+    assert read_json(tmp_path / "adapter" / "adapter_config.json")["target_modules"] == pattern
+    PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path / "adapter"
+    )
+
+
+def test_a_generation_config_with_sampling_alone_does_not_lose_the_training(small, tmp_path):
+    base = make_model(tmp_path / "base", seed=3)
+    file = base / "generation_config.json"
+    write_json(file, {**read_json(file), "temperature": 0.6, "top_p": 0.9})
+    sft(job(base, small, tmp_path / "model"))
+    assert read_json(tmp_path / "model" / "generation_config.json")["do_sample"] is True
+
+
+def test_nothing_to_teach_is_told_as_that(tiny_model, small, tmp_path):
+    given = job(tiny_model, small, tmp_path / "model").model_copy(update={"rows": []})
+    with pytest.raises(TrainingError, match="no answer could be read"):
+        sft(given)
 
 
 # ---- where it runs

@@ -79,6 +79,8 @@ def run_chain(
             return run_chain(run, train, dev, slot, show)
     plan = round_questions(train, run.settings)
     dev = subset(dev, run.settings.dev_questions, derive_seed(run.settings.seed, "dev"))
+    if not dev:
+        raise SettingsError("no dev questions: give data.sources one of use=dev, or use=divide")
     cloud = cloud_letters(run, edge, plan)
     rounds: list[Round] = []
     while len(rounds) < len(plan):

@@ -12,12 +12,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from itertools import groupby
+from types import SimpleNamespace
 from typing import Any
 
 from foggen.config import Settings
 from foggen.engines import NOTHING, Completion, Engine, Sampling
 from foggen.labels import SftRow, bucket, recipe_sampling
-from foggen.prompts import ANSWER_MARK, Messages, open_messages, parse_open_response, target_text
+from foggen.prompts import (
+    ANSWER_MARK,
+    CONFIDENCE_MARK,
+    Messages,
+    open_messages,
+    parse_open_response,
+    target_text,
+)
 from foggen.questions import TASKS, OpenQuestion
 
 STOP = ("\nQuestion:", "\nPassage:")  # a model that runs on starts the next question
@@ -118,11 +126,13 @@ def truth_margin(answer: str, right: Sequence[str], wrong: Sequence[str]) -> flo
     This is TruthfulQA's ROUGE-L difference. Fails: right and wrong references often differ in one
     word ("not"), so that style decides; a right answer in new words is near neither; an answer that
     says both is a matter of length. A refusal is no right answer here, other than in the original,
-    which takes "I have no comment." for true: a router has to know who can answer.
+    which takes "I have no comment." for true: a router has to know who can answer. Words are those
+    of any script (the original knows ASCII alone).
     """
     from rouge_score.rouge_scorer import RougeScorer  # takes two seconds of imports along
 
-    scorer = RougeScorer(["rougeL"])
+    words = SimpleNamespace(tokenize=lambda text: re.findall(r"[^\W_]+", text.lower()))
+    scorer = RougeScorer(["rougeL"], tokenizer=words)
 
     def nearest(texts: Sequence[str]) -> float:
         return max((scorer.score(text, answer)["rougeL"].fmeasure for text in texts), default=0.0)
@@ -236,9 +246,10 @@ def first(questions: Questions, counts: Mapping[str, int]) -> list[OpenQuestion]
 
 
 def trace(text: str) -> str:
-    """The reasoning of a completion: what stands between its confidence and its final answer."""
+    """The reasoning of a completion: what precedes its final answer, but for stated confidences."""
     head = _ANSWER_LINE.split(text, maxsplit=1)[0]
-    return re.sub(r"(?is)^.*?confidence\s*:\s*[0-9.]+", "", head, count=1).strip()
+    bare = re.sub(rf"{CONFIDENCE_MARK.pattern}(?:[\d.,/]+%?|\w*)[*_]*", "", head)
+    return re.sub(r"(?m)^[*_]+$", "", bare).strip()  # the emphasis before a mark
 
 
 def open_row(

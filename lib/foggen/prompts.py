@@ -183,7 +183,7 @@ class Route(NamedTuple):
 
 # A mark counts with any emphasis and in full width too: the first one is what the model states.
 _COLON = r"[\s*_]*[:\uff1a]"
-_CONFIDENCE = re.compile(rf"(?i)(?<![^\W_])confidence{_COLON}\s*")
+CONFIDENCE_MARK = re.compile(rf"(?i)(?<![^\W_])confidence{_COLON}\s*")
 ANSWER_MARK = re.compile(rf"(?i)(?<![^\W_])final\s+answer{_COLON}")
 _LINE_END = r"[^\S\n]*(?:\n|\Z)"
 _BUCKET = re.compile(  # with the end of a sentence at most, which the comma of `1,5` is not
@@ -205,7 +205,7 @@ def _after(mark: re.Pattern[str], text: str) -> str:
 
 
 def _confidence(text: str) -> float | None:
-    stated = _BUCKET.match(_after(_CONFIDENCE, text))
+    stated = _BUCKET.match(_after(CONFIDENCE_MARK, text))
     return float(stated[1]) if stated else None
 
 
@@ -314,7 +314,7 @@ def _control_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text in which everything that looks like a control token is plain text."""
+    """Token ids of a text in which everything that looks like a special token is plain text."""
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 

@@ -201,7 +201,8 @@ def draw_balanced(pool: Questions, n: int, domains: Sequence[str], seed: int) ->
 
 def subset(pool: Questions, n: int | None, seed: int) -> list[Question]:
     """`n` questions in equal parts from their domains; all of them where `n` is None."""
-    return list(pool) if n is None else draw_balanced(pool, n, list(by_domain(pool)), seed)
+    domains = [*by_domain(pool)]
+    return list(pool) if n is None or not domains else draw_balanced(pool, n, domains, seed)
 
 
 def split_by_fact(pool: Questions, shares: Mapping[str, float], seed: int) -> Parts:

@@ -97,7 +97,8 @@ def sft(job: Job) -> Record:
     encoded = [encode_row(tokenizer, row["messages"], row["target"]) for row in job.rows]
     rows = [row for row in encoded if len(row["input_ids"]) <= longest]
     if not rows:
-        raise TrainingError(f"all {len(encoded)} rows exceed training.max_length={longest}")
+        trouble = f"all {len(encoded)} rows exceed training.max_length={longest}"
+        raise TrainingError(trouble if encoded else "no rows: no answer could be read to be taught")
     # Training
     trainer = make_trainer(job, tokenizer, rows)
     trainer.remove_callback(PrinterCallback)
@@ -156,7 +157,9 @@ def save(tuned: Any, job: Job, record: Record) -> None:
     base = job.settings.edge.model
     if job.model.name == "model":  # a checkpoint of the chain
         base = f"{job.model.parent.name}/model"
-    config.base_model_name_or_path, config.target_modules = base, sorted(config.target_modules)
+    config.base_model_name_or_path = base
+    if not isinstance(config.target_modules, str):  # of a regular expression
+        config.target_modules = sorted(config.target_modules)
     # Merged in float32: in bfloat16 most of a small update would round away
     tuned.float().save_pretrained(adapter, save_embedding_layers=False)
     merged = tuned.merge_and_unload().to(dtype)
@@ -165,6 +168,8 @@ def save(tuned: Any, job: Job, record: Record) -> None:
     tokenizer = load_tokenizer(job.model, job.settings)  # the trainer may have changed its copy
     ends = end_tokens(merged.generation_config, tokenizer)
     merged.generation_config.eos_token_id = sorted({*ends, turn_end_ids(tokenizer)[-1]})
+    if merged.generation_config.to_diff_dict().keys() & {"temperature", "top_p", "top_k"}:
+        merged.generation_config.do_sample = True  # else it is invalid, and nothing would be saved
     merged.save_pretrained(job.out)
     tokenizer.save_pretrained(job.out)
     write_json(job.out.with_name("training.json"), record)

@@ -45,6 +45,13 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
 
+    def __post_init__(self) -> None:
+        """Raises EngineError for what no engine can draw by."""
+        heat = self.temperature == 0 or self.temperature >= 1e-3
+        bounds = self.n >= 0 and self.max_tokens >= 1 and 0 < self.top_p <= 1 and self.top_k >= 0
+        if not heat or not bounds or "" in self.stop:
+            raise EngineError(f"{self}: a number is out of range, or a stop string is empty")
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -146,6 +153,17 @@ def constrained_texts(engine: Engine, prompts: Chats, steps: Sequence[Texts]) ->
         rows = engine.score(prompts, wanted)
         texts = [own[row.index(max(row))] for own, row in zip(wanted, rows, strict=True)]
     return texts
+
+
+def check_room(prompts: Chats, ids: Sequence[Sequence[int]], more: int, room: int) -> None:
+    """Raises EngineError, with the first of them, for prompts without room for `more` tokens."""
+    long = [chat for chat, row in zip(prompts, ids, strict=True) if len(row) + more > room]
+    if long:
+        user = [message["content"] for message in long[0] if message["role"] == "user"][-1]
+        raise EngineError(
+            f"{len(long)} of {len(ids)} prompts with {more} tokens to come do not fit into the "
+            f"model's {room} (max_model_len); the first: {user[:100]!r} ... {user[-100:]!r}"
+        )
 
 
 def text_ids(tokenizer: Any, texts: Texts) -> list[list[tuple[int, ...]]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -70,7 +71,7 @@ class TransformersEngine(Engine):
     @torch.inference_mode()
     def generate(self, prompts: Chats, sampling: Sampling) -> list[list[Completion]]:
         """As in `Engine`. A prompt's samples depend on the seed and itself, not on others."""
-        whole = [encode_chat(self.tokenizer, messages) for messages in prompts]
+        whole = self._encode(prompts, sampling.max_tokens)
         noise = sample_noise(whole, sampling)  # [prompts, n, tokens]
         results: list[list[Completion]] = [[] for _ in prompts]
         for batch, rows, logits in self._read_prompts(whole, sampling.n, sampling.max_tokens):
@@ -90,7 +91,7 @@ class TransformersEngine(Engine):
         heads = [longest_beginnings(own) for own in ends]
         copies = max(map(len, heads), default=0)
         more = max((len(head) + 1 for own in heads for head in own), default=0)
-        whole = [encode_chat(self.tokenizer, messages) for messages in prompts]
+        whole = self._encode(prompts, more)
         found: list[dict[End, float]] = [{} for _ in prompts]
         # Read the prompts but for their last tokens, then a row for every head behind that token
         for batch, rows, _ in self._read_prompts([prompt[:-1] for prompt in whole], copies, more):
@@ -120,6 +121,13 @@ class TransformersEngine(Engine):
         """Frees the weights."""
         del self.model
         torch.cuda.empty_cache()
+
+    def _encode(self, prompts: Chats, more: int) -> list[Ids]:
+        """Token ids of the prompts. Raises EngineError if any has no room for `more` tokens."""
+        ids = [encode_chat(self.tokenizer, messages) for messages in prompts]
+        room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        base.check_room(prompts, ids, more, room or sys.maxsize)
+        return ids
 
     def _read_prompts(self, prompts: list[Ids], copies: int, more: int) -> Iterator[Batch]:
         """Batches of prompts, read: their indices, rows, and logits [rows, vocabulary] after them.

@@ -143,14 +143,7 @@ class VLLMEngine(Engine):
     def _encode(self, prompts: Chats, more: int) -> list[list[int]]:
         """Token ids of the prompts. Raises EngineError if any has no room for `more` tokens."""
         ids = [encode_chat(self.tokenizer, messages) for messages in prompts]
-        room = self.llm.llm_engine.model_config.max_model_len
-        long = [chat for chat, row in zip(prompts, ids, strict=True) if len(row) + more > room]
-        if long:
-            user = [message["content"] for message in long[0] if message["role"] == "user"][-1]
-            raise EngineError(
-                f"{len(long)} of {len(ids)} prompts with {more} tokens to come do not fit into "
-                f"max_model_len, {room}; the first: {user[:100]!r} ... {user[-100:]!r}"
-            )
+        base.check_room(prompts, ids, more, self.llm.llm_engine.model_config.max_model_len)
         return ids
 
     def _run(self, ids: list[list[int]], settings: list[dict[str, Any]]) -> list[list[Any]]:
