@@ -353,7 +353,7 @@ def test_first_takes_the_number_of_each_task(pocket: Settings) -> None:
         ("**Confidence**: 1.0\n2+2=4\nFinal answer: 4", "2+2=4"),
         ("Confidence\uff1a 0.75\n2+2=4\nFinal answer: 4", "2+2=4"),
         ("Confidence: 75%\n2+2=4\nFinal answer: 4", "2+2=4"),
-        ("Confidence: high\n2+2=4\nFinal answer: 4", "2+2=4"),
+        ("Confidence: Confidence: 0.25\n2+2=4\nFinal answer: 4", "2+2=4"),
         ("2+2=4, so\nConfidence: 1.0\nFinal answer: 4", "2+2=4, so"),
         ("Confidence: 1.0\n2+2=4\nConfidence: 0.5\nFinal answer: 4", "2+2=4"),
     ],

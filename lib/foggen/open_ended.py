@@ -248,7 +248,7 @@ def first(questions: Questions, counts: Mapping[str, int]) -> list[OpenQuestion]
 def trace(text: str) -> str:
     """The reasoning of a completion: what precedes its final answer, but for stated confidences."""
     head = _ANSWER_LINE.split(text, maxsplit=1)[0]
-    bare = re.sub(rf"{CONFIDENCE_MARK.pattern}(?:[\d.,/]+%?|\w*)[*_]*", "", head)
+    bare = re.sub(rf"{CONFIDENCE_MARK.pattern}[\d.,/]*%?[*_]*", "", head)
     return re.sub(r"(?m)^[*_]+$", "", bare).strip()  # the emphasis before a mark
 
 
