@@ -81,7 +81,8 @@ _CLEANING = {
 # number (not the 2 of m2 or x^2), divisor. Python refuses to read thousands of digits: 40 at most.
 _NUMBER = re.compile(
     r"((?<![\w)\]%])-)?(?:(?<![m^_\d])(\d{1,40})\s+(?=\d{1,40}\s*/\s*\d))?"
-    r"((?<![m^_\d])\d{1,40}(?:\.\d{1,40})?|(?<![\w.])\.\d{1,40})(?:\s*/\s*(\d{1,40}(?:\.\d{1,40})?))?"
+    r"((?<![m^_\d])\d{1,40}(?:\.\d{1,40})?|(?<![\w.])\.\d{1,40})"
+    r"(?:\s*/\s*(\d{1,40}(?:\.\d{1,40})?))?"
 )
 
 

@@ -145,11 +145,8 @@ class Bootstrap:
         columns = {"domain": self.rows, "n": self.questions, "facts": self.facts}
         for metric, values in self.values.items():
             low, high, p = self.interval(metric).T
-            columns |= {
-                metric: denoised(values[:, 0]),
-                f"{metric}_low": low,
-                f"{metric}_high": high,
-            }
+            columns |= {metric: denoised(values[:, 0])}
+            columns |= {f"{metric}_low": low, f"{metric}_high": high}
             columns |= {"p": p} if metric == "difference" else {}
         return annotate(Frame(columns))
 
@@ -228,8 +225,7 @@ def bootstrap(
     blank, values = np.full(1 + resamples, np.nan), {}
     for metric in max(draws, key=len):
         rows = np.array([drawn.get(metric, blank) for drawn in draws])
-        rows = np.vstack([rows, mean_defined(rows)])
-        values[metric] = rows
+        values[metric] = np.vstack([rows, mean_defined(rows)])
     questions, facts = np.array([*sizes, np.sum(sizes, axis=0)]).T
     ids = list(zip(outcomes["id"], seeds, domain, fact_codes(outcomes), strict=True))
     return Bootstrap(ids, [*map(str, names), MEAN], questions, facts, values)
@@ -268,9 +264,8 @@ def paired_table(sides: Mapping[str, Bootstrap], metric: str) -> Frame:
 
 def annotate(table: Frame) -> Frame:
     """The table of domains and mean with a `note`: why cells are NaN, and where facts are few."""
-    metrics = [
-        name for name in table if not name.endswith(("_low", "_high", "note")) and name != "p"
-    ]
+    values = table.drop(columns="p", errors="ignore")
+    metrics = [name for name in values if not name.endswith(("_low", "_high", "note"))]
     domains = table["domain"] != MEAN
     partly = table.loc[domains, metrics].isna().any()
     few = table.loc[domains, "facts"].between(1, FEW - 1)

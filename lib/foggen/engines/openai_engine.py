@@ -119,15 +119,9 @@ class OpenAIEngine(Engine):
         status, said, asks = 500, str(error.__cause__), ""
         if isinstance(error, openai.APIStatusError):
             status, reply = error.status_code, error.response
-            telling = (
-                "retry",
-                "location",
-            )  # a redirection is not followed: prompts go nowhere else
-            asks = "".join(
-                f"{k}: {v}, "
-                for k, v in reply.headers.items()
-                if any(word in k for word in telling)
-            )
+            # Where a redirection leads is told, and not followed: prompts go nowhere else
+            telling = [k for k in reply.headers if "retry" in k or "location" in k]
+            asks = "".join(f"{name}: {reply.headers[name]}, " for name in telling)
             said = f"{status} {asks}{reply.text}"
         passing = status in (408, 409, 429) or status >= 500
         if passing:
