@@ -45,7 +45,7 @@ plan: $(STAMP)
 
 report: $(STAMP)
 	@test -f $(call quoted,OUTCOMES) || { echo 'make report OUTCOMES=file: a .jsonl, .csv or .parquet file of outcomes'; exit 2; }
-	mkdir -p runs/report/stages runs/report/notebooks
+	mkdir -p runs/report/notebooks && touch runs/report/.foggen-run
 	$(BIN)/papermill notebooks/07_your_outcomes.ipynb runs/report/notebooks/07_your_outcomes.ipynb \
 		-r run runs/report -r outcomes $(call quoted,OUTCOMES) $(ARGS)
 	$(BIN)/jupyter nbconvert --to html --no-input --output-dir runs/report runs/report/notebooks/07_your_outcomes.ipynb

@@ -24,8 +24,8 @@ from foggen.store import LOCK_VARIABLE, ROOT, RUN_VARIABLE
 
 PARAMETERS = 'profile = "pocket"\nrun = "runs/pocket"\nseed = 0\noverrides = {}'
 FINISH = (
-    "from foggen.store import Run, finish\n"
-    'finish(Run(run), "NAME", f"seed {seed}", overrides=overrides);'
+    "from foggen.config import load_profile\nfrom foggen.store import Run, finish\n"
+    'finish(Run(run, load_profile(profile)), "NAME", f"seed {seed}", overrides=overrides);'
 )
 
 
@@ -112,7 +112,7 @@ def test_a_broken_record_means_to_do(checkout: Checkout, broken: str) -> None:
     """Empty, cut, of another kind, not UTF-8: the notebook runs again."""
     checkout.notebook("01_first")
     (checkout.run / "done").mkdir(parents=True)
-    (checkout.run / "stages").mkdir()
+    (checkout.run / ".foggen-run").touch()
     record = broken.encode("utf-8", "surrogateescape")
     for name in ("done/01_first.json", "settings.json"):
         (checkout.run / name).write_bytes(record)
@@ -201,8 +201,9 @@ def test_a_second_run_in_one_folder(checkout: Checkout, capsys: pytest.CaptureFi
     checkout.notebook("01_first")
     code = """if True:
         import sys
+        from foggen.config import load_profile
         from foggen.store import Run
-        with Run(sys.argv[1]).locked():
+        with Run(sys.argv[1], load_profile("pocket")).locked():
             print("locked", flush=True)
             sys.stdin.read()
     """
@@ -259,8 +260,9 @@ def test_a_plain_locale_and_python_without_docstrings(checkout: Checkout, tmp_pa
 
 CHAIN = """
 import json, time
+from foggen.config import load_profile
 from foggen.store import Run, read_json, write_json
-store = Run(run)
+store = Run(run, load_profile(profile))
 value, folder = 1, None
 for number in range(12):
     def compute(working):

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from foggen import show
+from foggen.config import load_profile
 from foggen.store import Run
 
 ROW = {
@@ -75,7 +76,7 @@ def test_a_table_has_headers_and_keeps_texts() -> None:
 
 def test_a_kept_table_is_whole(tmp_path: Path) -> None:
     frame = pd.DataFrame([ROW])
-    run = Run(tmp_path / "run")
+    run = Run(tmp_path / "run", load_profile("pocket"))
     assert show.keep(run, "03_x", frame) is frame
     again = pd.read_csv(run.folder / "tables" / "03_x.csv")
     assert np.isclose(again["sysacc_low"][0], ROW["sysacc_low"]) and [*again] == [*frame]

