@@ -55,6 +55,10 @@ class Checkout:
     def reproduce(self, *options: str) -> int:
         return reproduce.main(self.options(*options))
 
+    def states(self) -> dict[str, bool]:
+        keys = reproduce.notebook_keys(load_profile("pocket"), self.notebooks)
+        return {path.stem: reproduce.is_done(self.run, path, key) for path, key in keys.items()}
+
     def done(self, name: str) -> dict[str, Any]:
         return dict(json.loads((self.run / "done" / f"{name}.json").read_text()))
 
@@ -116,16 +120,14 @@ def test_a_broken_record_means_to_do(checkout: Checkout, broken: str) -> None:
     record = broken.encode("utf-8", "surrogateescape")
     for name in ("done/01_first.json", "settings.json"):
         (checkout.run / name).write_bytes(record)
-    plan = reproduce.make_plan(load_profile("pocket"), checkout.run, checkout.notebooks)
-    assert [plan.state(notebook) for notebook in plan.keys] == ["to do"]
+    assert checkout.states() == {"01_first": False}
 
 
 def test_a_cut_notebook_is_run_again(checkout: Checkout) -> None:
     notebook = checkout.notebook("01_first")
     assert checkout.reproduce() == 0
     (checkout.run / "notebooks" / notebook.name).write_text("")
-    plan = reproduce.make_plan(load_profile("pocket"), checkout.run, checkout.notebooks)
-    assert plan.state(notebook) == "to do"
+    assert checkout.states() == {"01_first": False}
 
 
 def test_other_code_of_the_library_is_a_change(
@@ -133,13 +135,9 @@ def test_other_code_of_the_library_is_a_change(
 ) -> None:
     checkout.notebook("01_first")
     assert checkout.reproduce() == 0
-    (key,) = reproduce.make_plan(
-        load_profile("pocket"), checkout.run, checkout.notebooks
-    ).keys.values()
-    assert key == checkout.done("01_first")["key"]
+    assert checkout.states() == {"01_first": True}
     monkeypatch.setattr(reproduce.store, "code_hash", lambda _: "other code")
-    plan = reproduce.make_plan(load_profile("pocket"), checkout.run, checkout.notebooks)
-    assert [plan.state(notebook) for notebook in plan.keys] == ["changed"]
+    assert checkout.states() == {"01_first": False}
 
 
 @pytest.mark.parametrize(
@@ -377,7 +375,7 @@ def test_a_server_needs_its_address_and_key(
     assert missing(settings) == ""
     address = override(settings, {"cloud.base_url": "http://user:secret@host/v1"})
     assert "the server of strong: " in missing(address) and "secret" not in missing(address)
-    reproduce.show_plan(reproduce.Plan(address, ROOT / "runs" / "none", {}))
+    reproduce.show_plan(address, ROOT / "runs" / "none", {})
     assert "cloud.base_url = http://***@host/v1" in capsys.readouterr().out
     slow = override(settings, {"cloud.options": {"concurrency": 0}})
     assert "concurrency: 0; expected: a number of at least 1" in missing(slow)

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import nbformat
 from huggingface_hub import HfApi, constants, errors, snapshot_download
@@ -43,34 +43,11 @@ class NotebookError(RuntimeError):
 # ---- What is run
 
 
-class Plan(NamedTuple):
-    """The notebooks of a run in order, each with the key of everything that it depends on."""
+def notebook_keys(settings: Settings, notebooks: Path) -> dict[Path, str]:
+    """The notebooks of a folder in order, each with a hash of everything that it depends on.
 
-    settings: Settings
-    folder: Path
-    keys: Mapping[Path, str]
-
-    def executed(self, notebook: Path) -> Path:
-        """Where the executed copy lies."""
-        return self.folder / "notebooks" / notebook.name
-
-    def sentinel(self, notebook: Path) -> Path:
-        """What the notebook's last cell wrote, and what the run of it cost."""
-        return self.folder / "done" / f"{notebook.stem}.json"
-
-    def state(self, notebook: Path) -> str:
-        """`done`, `changed` (something that it depends on is not what it was) or `to do`."""
-        key = store.read_record(self.sentinel(notebook)).get("key")
-        if not key or not store.read_record(self.executed(notebook)):
-            return "to do"
-        return "done" if key == self.keys[notebook] else "changed"
-
-
-def make_plan(settings: Settings, folder: Path, notebooks: Path) -> Plan:
-    """The plan for the notebooks of a folder.
-
-    A key is a hash of the settings, the library's source, the files that the settings name, and
-    the code (not the prose) of the notebook and of those before it; 00 feeds no other.
+    These are the settings, the library's source, the files that the settings name, and the code
+    (not the prose) of the notebook and of those before it; 00 feeds no other.
     """
     values = config.parameters(settings.model_dump(mode="json"))
     names = ["data/published.json", "data/results", *values.values()]
@@ -83,7 +60,19 @@ def make_plan(settings: Settings, folder: Path, notebooks: Path) -> Plan:
         code = [cell.source for cell in cells if cell.cell_type == "code"]
         keys[notebook] = store.digest([before, code])
         before = before if notebook.stem < "01" else keys[notebook]
-    return Plan(settings, folder, keys)
+    return keys
+
+
+def sentinel(folder: Path, notebook: Path) -> Path:
+    """What the notebook's last cell wrote, and what the run of it cost."""
+    return folder / "done" / f"{notebook.stem}.json"
+
+
+def is_done(folder: Path, notebook: Path, key: str) -> bool:
+    """Whether a run of the notebook with this key reached its end, and its copy lies there."""
+    record = store.read_record(sentinel(folder, notebook))
+    executed = store.read_record(folder / "notebooks" / notebook.name)
+    return record.get("key") == key and bool(executed)
 
 
 # ---- What a run needs
@@ -168,7 +157,7 @@ def _gpu_advice(memory: float) -> str:
 # ---- Running
 
 
-def execute(plan: Plan, notebook: Path, given: Mapping[str, Any]) -> None:
+def execute(notebook: Path, folder: Path, key: str, given: Mapping[str, Any]) -> None:
     """Runs a notebook to its sentinel. Raises NotebookError with the cell and its traceback."""
     import papermill
 
@@ -176,33 +165,34 @@ def execute(plan: Plan, notebook: Path, given: Mapping[str, Any]) -> None:
     defaults = papermill.inspect_notebook(str(notebook))
     changed = {k: v for k, v in given.items() if ast.literal_eval(defaults[k]["default"]) != v}
     logging.getLogger("asyncio").setLevel("CRITICAL")  # tasks that an interrupt leaves behind
-    plan.sentinel(notebook).unlink(missing_ok=True)
-    plan.executed(notebook).parent.mkdir(exist_ok=True)
+    done, executed = sentinel(folder, notebook), folder / "notebooks" / notebook.name
+    done.unlink(missing_ok=True)
+    executed.parent.mkdir(exist_ok=True)
     started = time.time()
     try:
         papermill.execute_notebook(
             os.path.relpath(notebook),
-            os.path.relpath(plan.executed(notebook)),
+            os.path.relpath(executed),
             parameters=changed,
             stderr_file=DummyTqdmFile(sys.stderr),  # the stages' lines, above papermill's bar
             extra_arguments=["--log-level=CRITICAL"],  # no traceback of a kernel that is stopped
         )
     except Exception as error:  # a cell's, or what papermill's libraries raise when a kernel dies
         raise NotebookError(f"{notebook.name}: {type(error).__name__}: {error}") from None
-    record = store.read_record(plan.sentinel(notebook))
+    record = store.read_record(done)
     if not record:
         raise NotebookError(f"{notebook.name} ended before its last cell, without a sentinel")
     cost = f"{time.time() - started:.0f} s, {record['peak'] / 2**30:.1f} GiB"
-    store.write_json(plan.sentinel(notebook), record | {"key": plan.keys[notebook], "cost": cost})
+    store.write_json(done, record | {"key": key, "cost": cost})
 
 
-def show_plan(plan: Plan) -> None:
+def show_plan(settings: Settings, folder: Path, keys: Mapping[Path, str]) -> None:
     """Prints notebooks with their states, needs with what is missing, parameters with values."""
-    for notebook in plan.keys:
-        print(f"{notebook.stem}: {plan.state(notebook)}")
-    for need, advice in needs(plan.settings):
+    for notebook, key in keys.items():
+        print(f"{notebook.stem}: {'done' if is_done(folder, notebook, key) else 'to do'}")
+    for need, advice in needs(settings):
         print(f"  {need}" + f": {advice}" * bool(advice))
-    for name, value in config.parameters(plan.settings.model_dump(mode="json")).items():
+    for name, value in config.parameters(settings.model_dump(mode="json")).items():
         print(re.sub("//[^/]*@", "//***@", f"  {name} = {value}"))  # of base_url, a password
 
 
@@ -228,18 +218,17 @@ def run(options: argparse.Namespace) -> None:
     overrides = dict(config.parse_override(text) for text in options.overrides)
     settings = config.load_profile(options.profile, overrides)
     name = options.run or f"runs/{Path(options.profile).stem}"
-    folder = store.run_folder(name)
+    folder, books = store.run_folder(name), ROOT / options.notebooks
     if options.list:
-        return show_plan(make_plan(settings, folder, ROOT / options.notebooks))
+        return show_plan(settings, folder, notebook_keys(settings, books))
     overrides |= inputs.pin(settings, store.read_record(folder / "settings.json"))
     settings = config.load_profile(options.profile, overrides)
-    plan = make_plan(settings, folder, ROOT / options.notebooks)
+    keys = notebook_keys(settings, books)
     start = options.start or options.only or "01"  # 00 is a demonstration
-    notebooks = [path for path in plan.keys if path.stem >= start]
-    notebooks = [path for path in notebooks if path.stem.startswith(options.only)]
-    if not notebooks:
+    chosen = [path for path in keys if path.stem >= start and path.stem.startswith(options.only)]
+    if not chosen:
         raise SettingsError(f"no notebook {start}; `make plan` lists them")
-    waiting = [path for path in notebooks if options.force or plan.state(path) != "done"]
+    waiting = [path for path in chosen if options.force or not is_done(folder, path, keys[path])]
     lacking = [f"  {need}: {advice}" for need, advice in needs(settings) if waiting and advice]
     if lacking:
         raise SettingsError("\n".join(["This run cannot begin:", *lacking]))
@@ -249,9 +238,9 @@ def run(options: argparse.Namespace) -> None:
         os.environ["TQDM_DISABLE"] = "1"  # libraries' progress bars would lie in the notebooks
         store.write_json(folder / "settings.json", settings.model_dump(mode="json"))
         for notebook in waiting:
-            execute(plan, notebook, given)
-    for notebook in notebooks:
-        record = store.read_record(plan.sentinel(notebook))
+            execute(notebook, folder, keys[notebook], given)
+    for notebook in chosen:
+        record = store.read_record(sentinel(folder, notebook))
         cost = record["cost"] if notebook in waiting else "unchanged, kept"
         print(f"{notebook.stem}: {cost}: {record['headline']}")
 
