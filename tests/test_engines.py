@@ -523,7 +523,14 @@ def test_vllm_takes_new_weights_and_end_tokens(vllm: Any, folder: Path, tmp_path
 
 @pytest.mark.parametrize(
     "odd",
-    [{"n": -1}, {"temperature": -1}, {"temperature": math.nan}, {"top_p": 0}, {"stop": ("",)}],
+    [
+        {"n": -1},
+        {"temperature": -1},
+        {"temperature": math.nan},
+        {"top_p": 0},
+        {"stop": ("",)},
+        {"k": 1},
+    ],
 )
 def test_what_no_engine_can_draw_by_is_refused(odd: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(odd))):

@@ -32,7 +32,7 @@ class EngineError(RuntimeError):
     """An engine cannot do what it was asked; the message names the setting to change."""
 
 
-@pydantic.dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config={"extra": "forbid"})
 class Sampling:
     """How to continue a prompt: `n` texts of up to `max_tokens` tokens; temperature 0 is greedy.
 

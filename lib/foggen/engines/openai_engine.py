@@ -34,7 +34,7 @@ SAFE = re.compile(r"https://|http://(localhost|127\.[0-9.]+|\[::1\])(?=[:/]|$)",
 TOLD = ("retry-after", "retry-after-ms", "location")
 
 
-@dataclass(config={"hide_input_in_errors": True})  # an address may hold a password
+@dataclass(config={"extra": "forbid", "hide_input_in_errors": True})  # which may be a password
 class OpenAIEngine(Engine):
     """See `Engine`. `timeout` is in seconds, for a whole reply.
 
