@@ -83,7 +83,7 @@ def test_a_reply_without_a_choice_is_tried_again_and_not_kept(
     server.script["a"] = [fault, reply("A")]
     assert ask(client(server, tmp_path), "a")[0][0].text == "A" and server.asked["a"] == 2
     server.script["b"] = [fault]
-    with pytest.raises(EngineError, match="cloud: InternalServerError: 502"):
+    with pytest.raises(EngineError, match="cloud: InternalServerError"):
         ask(client(server, tmp_path, max_retries=1), "b")
     assert len(files(tmp_path)) == 1
 
@@ -338,7 +338,7 @@ def test_a_short_retry_after_is_honoured(
 ) -> None:
     caplog.set_level(logging.INFO, logger="openai")
     server.script["a"] = ["429"]
-    with pytest.raises(EngineError, match=r"RateLimitError: 429 {'retry-after': '0.02'}"):
+    with pytest.raises(EngineError, match=r"RateLimitError 429 {'retry-after': '0.02'}"):
         ask(client(server, tmp_path, max_retries=5), "a")
     assert server.asked["a"] == 6 and caplog.text.count("in 0.020000 seconds") == 5
 
@@ -354,7 +354,7 @@ LATER = formatdate(time.time() + 86_400, usegmt=True)
 def test_a_long_retry_after_is_told(server: FaultServer, tmp_path: Path, header: str) -> None:
     server.script["a"] = [header]
     name, _, value = header.partition(": ")
-    with pytest.raises(EngineError, match=f"429 {{'{name.lower()}': '{value}'}}.*run again"):
+    with pytest.raises(EngineError, match=f"{{'{name.lower()}': '{value}'}}: .*run again"):
         ask(client(server, tmp_path), "a")
     assert server.asked["a"] == 1
     failed, answered = ask(client(server, tmp_path, on_failure="keep_local"), "a", "b")

@@ -117,16 +117,15 @@ class OpenAIEngine(Engine):
 
     def _fail(self, error: openai.APIError, key: str) -> None:
         """Warns of a failure that may pass, under keep_local. Raises EngineError for all others."""
-        passing, said = True, str(error.__cause__)
+        passing, said = True, f"{type(error).__name__}: {error.__cause__}"
         if isinstance(error, openai.APIStatusError):
             status, reply = error.status_code, error.response
             passing = status in (408, 409, 429) or status >= 500
             # Where a redirection leads is told, and not followed: prompts go nowhere else
-            told = {name: value for name, value in reply.headers.items() if name in TOLD}
-            said = f"{status} {told or ''} {reply.text}"
-        said = masked(f"{type(error).__name__}: {said}", key)[:1000]
+            told = {name: reply.headers[name] for name in TOLD if name in reply.headers}
+            said = f"{type(error).__name__} {status} {told or ''}: {reply.text}"
         check = f"check `model`, `base_url` and the key in {self.key_variable} (`key_variable`)"
-        message = f"cloud: {said}; run again to resume, or {check}"
+        message = f"cloud: {masked(said, key)[:1000]}; run again to resume, or {check}"
         if not passing or self.on_failure == "stop":
             self.end = self.end or EngineError(message)
             raise self.end from None
