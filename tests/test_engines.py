@@ -475,31 +475,6 @@ def test_vllm_scores_in_few_requests(
     assert sum(len(sent) for sent in fake.llm.requests) < 2.5 * len({s[:-1] for s in nodes})
 
 
-def test_vllm_scores_a_writer_of_the_format_in_a_request_for_each_confidence(vllm: Any) -> None:
-    fake = vllm()
-    tokenizer = fake.tokenizer
-    shown = [plain_ids(tokenizer, f" {bucket}\nFinal answer: B") for bucket in ("0.5", "1.0")]
-    letters = [plain_ids(tokenizer, f" {bucket}\nFinal answer: C") for bucket in ("0.5", "1.0")]
-    texts = [tokenizer.decode(ids) for ids in [*shown, *letters]]
-
-    def write(ids: list[int], own: dict[str, Any]) -> Any:
-        """The one text or the other, whichever goes on from here, without doubt."""
-        place = next(
-            k
-            for k in range(20)
-            if any(ids[len(ids) - k :] == s[:k] for s in shown) and ids[: len(ids) - k] == prompt
-        )
-        (text, *_) = [s[place:] for s in shown if s[:place] == ids[len(ids) - place :]]
-        logs = [{t: SimpleNamespace(logprob=-1.0) for t in own["logprob_token_ids"]} for _ in text]
-        return SimpleNamespace(text="", token_ids=text, finish_reason="length", logprobs=logs)
-
-    prompt = encode_chat(tokenizer, chats(1)[0])
-    fake.llm.write = write
-    (row,) = fake.score(chats(1), [texts])
-    assert row == [-float(len(plain_ids(tokenizer, text))) for text in texts]
-    assert sum(len(sent) for sent in fake.llm.requests) == 2
-
-
 def test_vllm_takes_new_weights_and_end_tokens(vllm: Any, folder: Path, tmp_path: Path) -> None:
     engine = vllm()
     other = with_ends(make_model(tmp_path, seed=1), step=5)

@@ -58,7 +58,7 @@ class Scripted:
         self.calls.append(sampling)
         return [[Completion(text, 3, True) for text in self.texts[: sampling.n]] for _ in prompts]
 
-    def score(self, prompts: Any, continuations: Any, *drawn: float) -> list[list[float]]:
+    def score(self, prompts: Any, continuations: Any, *drawn: Sampling) -> list[list[float]]:
         self.calls.append(drawn)
         return [[self._log(text, len(texts) // 5 - 1) for text in texts] for texts in continuations]
 
@@ -91,7 +91,8 @@ def test_samples_are_counted_against_the_reference(letters, reference, votes, p,
     counted = {name: sample[name] for name in ("votes", "p_correct", "majority_answer")}
     assert counted == {"votes": votes, "p_correct": p, "majority_answer": majority}
     assert sample["tokens"] == 24 and len(sample["texts"]) == 8
-    assert engine.calls == [Sampling(8, 0.7, POCKET.max_new_tokens, 7, top_p=0.8, top_k=20)]
+    drawn = [(s.temperature, s.top_p, s.top_k) for (s,) in engine.calls]
+    assert drawn == [Sampling(8, 0.7, POCKET.max_new_tokens, 7, top_p=0.8, top_k=20)]
 
 
 def test_exact_answers_multiply_confidence_and_letter():

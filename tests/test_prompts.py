@@ -314,15 +314,6 @@ def test_markup_in_a_question_is_plain_text(tokenizer, markup):
     assert tokenizer.decode(ids).count(markup) >= 3, "the text is all there"
 
 
-def test_clean_chats_have_the_templates_own_ids(tokenizer):
-    messages = mcq_messages(CARD)
-    whole = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, enable_thinking=False, tokenize=False
-    )
-    assert tokenizer.decode(encode_chat(tokenizer, messages)) == whole
-    assert whole.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-
-
 def test_an_assistant_prefix_is_continued(tokenizer):
     messages = mcq_messages(CARD)
     prompt = encode_chat(tokenizer, messages)

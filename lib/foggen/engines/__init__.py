@@ -94,9 +94,7 @@ class Engine(Protocol):
 
 
 def make_engine(kind: str, model: str | Path, **options: Any) -> Engine:
-    """The engine `kind` of a model (a folder or a name). Raises EngineError for an unknown kind."""
-    if kind not in ENGINES:
-        raise EngineError(f"engine: {kind!r} is unknown; expected one of {', '.join(ENGINES)}")
+    """The engine `kind` (one of `ENGINES`) of a model: a folder or a name."""
     return resolve_name(ENGINES[kind])(model, **options)  # type: ignore[no-any-return]
 
 
