@@ -91,8 +91,7 @@ def test_samples_are_counted_against_the_reference(letters, reference, votes, p,
     counted = {name: sample[name] for name in ("votes", "p_correct", "majority_answer")}
     assert counted == {"votes": votes, "p_correct": p, "majority_answer": majority}
     assert sample["tokens"] == 24 and len(sample["texts"]) == 8
-    drawn = [(s.temperature, s.top_p, s.top_k) for (s,) in engine.calls]
-    assert drawn == [Sampling(8, 0.7, POCKET.max_new_tokens, 7, top_p=0.8, top_k=20)]
+    assert engine.calls == [Sampling(8, 0.7, POCKET.max_new_tokens, 7, top_p=0.8, top_k=20)]
 
 
 def test_exact_answers_multiply_confidence_and_letter():
@@ -107,7 +106,8 @@ def test_exact_answers_multiply_confidence_and_letter():
     assert sample == {
         "id": QUESTION.id, "p_correct": pytest.approx(right), "majority_answer": "A", "votes": None,
     }  # fmt: skip
-    assert engine.calls == [(1.0, 1.0, 0), (0.7, 0.8, 20)], "labels see the recipe's truncation"
+    drawn = [(s.temperature, s.top_p, s.top_k) for (s,) in engine.calls]
+    assert drawn == [(1.0, 1.0, 0), (0.7, 0.8, 20)], "labels see the recipe's truncation"
     (other,) = exact_answers(engine, [QUESTION], settings, {QUESTION.id: "D"})
     assert other["p_correct"] == pytest.approx((0.9 - right) / 3)
 
