@@ -60,8 +60,7 @@ class OpenAIEngine(Engine):
         self.end: EngineError | None = None  # why no more is asked
         read_key(self.key_variable)
         if not SAFE.match(self.base_url):
-            text = "base_url %s is plain http: key and questions can be read on the way"
-            log.warning(text, self.base_url)
+            log.warning("base_url %s, plain http: others can read key and questions", self.base_url)
 
     def generate(self, prompts: Chats, sampling: Sampling) -> list[list[Completion]]:
         """As in `Engine`. Raises OSError for a cache that cannot be written, before any request."""

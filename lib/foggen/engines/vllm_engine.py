@@ -100,20 +100,16 @@ class VLLMEngine(Engine):
         ]
 
     def sleep(self) -> None:
-        """Frees the GPU until the next `reload`; a CPU build cannot, and keeps its memory."""
-        if not self.cpu:
-            self.llm.sleep(level=2)
+        """Frees the GPU until the next `reload`; a CPU build warns that it cannot."""
+        self.llm.sleep(level=2)
 
     def reload(self, path: Path) -> None:
         """Takes the weights and end tokens in `path`, and forgets what was cached of the old."""
-        asleep = self.llm.llm_engine.is_sleeping()
-        if asleep:
-            self.llm.wake_up(tags=["weights"])
+        self.llm.wake_up(tags=["weights"])  # of an engine that is awake, this does nothing
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
         if self.cpu:
             self.llm.apply_model(_pack_head)
-        if asleep:
-            self.llm.wake_up(tags=["kv_cache"])
+        self.llm.wake_up(tags=["kv_cache"])
         if not self.llm.reset_prefix_cache():
             raise EngineError("vLLM kept its prefix cache: its next answers would mix two models")
         self._read_end_tokens(path)
