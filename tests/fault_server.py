@@ -26,7 +26,6 @@ BODIES = {
     "error as the end": b'{"choices": [{"message": {"content": ""}, "finish_reason": "error"}]}',
     "nested": b"[" * 100_000,
 }
-UNPAID = b'{"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}'
 RANDOM = ("500", "429", "hang", "cut", "invalid", "empty", "408", "409", "html")
 
 
@@ -124,8 +123,6 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(3)
         elif play == "cut":
             self.send(200, good[: len(good) // 2], len(good))
-        elif play == "unpaid":
-            self.send(429, UNPAID)
         elif play == "drip":
             self.send(200, b"", 10_000)
             self.drip(b" " * 200)

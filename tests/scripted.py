@@ -44,7 +44,7 @@ class Scripted:
         answer = "So 2.\nFinal answer: 2" if "math assistant" in system else ""
         return f"Confidence: {self.stated}\n{answer or f'Final answer: {self.answer}'}"
 
-    def score(self, prompts: Any, continuations: Any, *drawn: float) -> list[list[float]]:
+    def score(self, prompts: Any, continuations: Any, *drawn: Sampling) -> list[list[float]]:
         """The first of two continuations is three times as likely as the second."""
         self.asked += len(prompts)
         two = {2: [-1.0, -1.0 - 1.0986123]}

@@ -5,18 +5,22 @@ vLLM is played by a fake that writes with such a model: what our engine asks of 
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import math
 import sys
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import nbformat
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from tiny import make_model, make_tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -28,7 +32,15 @@ from transformers import (
     LlamaConfig,
 )
 
-from foggen.engines import EngineError, EngineSlot, Sampling, base, make_engine
+from foggen.engines import (
+    PURE,
+    Engine,
+    EngineError,
+    EngineSlot,
+    Sampling,
+    end_tokens,
+    prompt_seeds,
+)
 from foggen.engines import transformers_engine as module
 from foggen.engines.transformers_engine import TransformersEngine
 from foggen.engines.vllm_engine import VLLMEngine, beginnings
@@ -40,6 +52,7 @@ from foggen.prompts import (
     parse_response,
     plain_ids,
 )
+from foggen.store import ROOT
 
 ENDS = [" 0.75\nFinal answer: A", " 0.75", " 0.5", " 0.75\nFinal answer: B", " A", " 1.0"]
 
@@ -93,18 +106,16 @@ def text_of(engine: TransformersEngine, ids: list[int]) -> str:
     return str(engine.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True))
 
 
-def chain_rule(
-    engine: Any, prompt: Messages, text: str, temperature: float, top_p: float = 1, top_k: int = 0
-) -> float:
+def chain_rule(engine: Any, prompt: Messages, text: str, sampling: Sampling = PURE) -> float:
     """log P(text | prompt), token by token from whole passes, in double precision."""
     ids, more = encode_chat(engine.tokenizer, prompt), plain_ids(engine.tokenizer, text)
     with torch.no_grad():
         logits = engine.model(torch.tensor([ids + more])).logits[0, len(ids) - 1 : -1].double()
     total = 0.0
-    for row, token in zip(logits / temperature, more, strict=True):
-        order = row.argsort(descending=True)[: top_k or None]
+    for row, token in zip(logits / sampling.temperature, more, strict=True):
+        order = row.argsort(descending=True)[: sampling.top_k or None]
         held = row[order].softmax(-1).cumsum(-1)
-        allowed = order[: 1 + int((held < top_p).sum())].tolist()
+        allowed = order[: 1 + int((held < sampling.top_p).sum())].tolist()
         total += float(row[token] - row[allowed].logsumexp(-1)) if token in allowed else -math.inf
     return total
 
@@ -134,18 +145,10 @@ def test_greedy_is_generate_token_by_token(
 def test_other_architectures(tmp_path: Path, kind: str) -> None:
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
-    small = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "initializer_range": 0.2,
-    }
-    more = {
-        "num_attention_heads": 4,
-        "num_key_value_heads": 1,
-        "head_dim": 32,
-        "intermediate_size": 128,
-    }
+    small = {"vocab_size": len(tokenizer), "hidden_size": 64, "num_hidden_layers": 2}
+    small |= {"initializer_range": 0.2}
+    more = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32}
+    more |= {"intermediate_size": 128}
     config: Any = {
         "gemma3": lambda: Gemma3TextConfig(**small, **more, sliding_window=48),
         "llama": lambda: LlamaConfig(**small, **more),
@@ -159,12 +162,11 @@ def test_other_architectures(tmp_path: Path, kind: str) -> None:
     answers = engine.generate(chats(5), Sampling(max_tokens=tokens))
     for prompt, (answer,) in zip(chats(5), answers, strict=True):
         assert answer.text == text_of(engine, generated(engine, prompt, tokens))
-    texts = [*ENDS, " B" * tokens]
-    scores = engine.score(chats(3), [texts] * 3, 0.7)
+    texts, warm = [*ENDS, " B" * tokens], Sampling(temperature=0.7)
+    scores = engine.score(chats(3), [texts] * 3, warm)
     for prompt, row in zip(chats(3), scores, strict=True):
-        assert row == pytest.approx(
-            [chain_rule(engine, prompt, text, 0.7) for text in texts], abs=1e-3
-        )
+        exact = [chain_rule(engine, prompt, text, warm) for text in texts]
+        assert row == pytest.approx(exact, abs=1e-3)
 
 
 def test_one_prompt_and_none(engine: TransformersEngine) -> None:
@@ -172,8 +174,6 @@ def test_one_prompt_and_none(engine: TransformersEngine) -> None:
     assert engine.score(chats(2), [[], []]) == [[], []]
     alone = engine.generate(chats(1), Sampling(max_tokens=8))
     assert alone[0] == engine.generate(chats(4), Sampling(max_tokens=8))[0]
-    with pytest.raises(EngineError, match="a text is empty"):
-        engine.score(chats(1), [["A", ""]])
 
 
 def test_samples_do_not_depend_on_neighbours_or_batches(
@@ -181,14 +181,10 @@ def test_samples_do_not_depend_on_neighbours_or_batches(
 ) -> None:
     sampling = Sampling(n=4, temperature=0.9, max_tokens=6, seed=3)
     together = engine.generate(chats(10), sampling)
-    assert (
-        TransformersEngine(folder, "float32", token_budget=100).generate(chats(10), sampling)
-        == together
-    )
+    small = TransformersEngine(folder, "float32", token_budget=100)
+    assert small.generate(chats(10), sampling) == together
     assert engine.generate(chats(10)[7:], sampling) == together[7:]
-    assert (
-        engine.generate(chats(10), Sampling(n=4, temperature=0.9, max_tokens=6, seed=4)) != together
-    )
+    assert engine.generate(chats(10), replace(sampling, seed=4)) != together
     twice = engine.generate(chats(1) * 2, sampling)
     assert twice[0] == together[0] and twice[1] != twice[0]
 
@@ -220,16 +216,22 @@ def test_a_token_that_is_ruled_out_is_never_drawn(top: dict[str, Any], allowed: 
     assert set(drawn.tolist()) == allowed
 
 
-@pytest.mark.parametrize("top", [{}, {"top_k": 20}, {"top_p": 0.8}, {"top_p": 0.8, "top_k": 20}])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_score_is_the_chain_rule(
-    engine: TransformersEngine, temperature: float, top: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        PURE,
+        Sampling(temperature=0.7),
+        Sampling(temperature=0.7, top_k=20),
+        Sampling(temperature=1.0, top_p=0.8),
+        Sampling(temperature=0.7, top_p=0.8, top_k=20),
+    ],
+)
+def test_score_is_the_chain_rule(engine: TransformersEngine, sampling: Sampling) -> None:
     prompts = [[*chat, {"role": "assistant", "content": "Confidence:"}] for chat in chats(5)]
     texts = [ENDS, [" A"], [], [" B", " B"], [" 1"]]
-    scores = engine.score(prompts, texts, temperature, **top)
-    for prompt, own, row in zip(prompts, texts, scores, strict=True):
-        wanted = [chain_rule(engine, prompt, text, temperature, **top) for text in own]
+    scores = engine.score(prompts, texts, sampling)
+    for prompt, asked, row in zip(prompts, texts, scores, strict=True):
+        wanted = [chain_rule(engine, prompt, text, sampling) for text in asked]
         assert row == pytest.approx(wanted, abs=1e-4)
 
 
@@ -239,27 +241,30 @@ def test_score_is_the_mean_of_many_samples(engine: TransformersEngine, top: dict
     sampling = Sampling(n=count, temperature=0.7, max_tokens=2, seed=1, **top)
     drawn = Counter(c.text for c in engine.generate([prompt], sampling)[0] if not c.finished)
     ids = {text: plain_ids(engine.tokenizer, text) for text, _ in drawn.most_common(30)}
-    texts = [
-        text for text in ids if len(ids[text]) == 2 and engine.tokenizer.decode(ids[text]) == text
-    ]
+    two = [text for text in ids if len(ids[text]) == 2]
+    texts = [text for text in two if engine.tokenizer.decode(ids[text]) == text]
     assert len(texts) >= 3
-    for text, score in zip(texts, engine.score([prompt], [texts], 0.7, **top)[0], strict=True):
+    for text, score in zip(texts, engine.score([prompt], [texts], sampling)[0], strict=True):
         p = math.exp(score)
         assert abs(drawn[text] / count - p) < 4 * math.sqrt(p * (1 - p) / count)
 
 
-def test_constrained_texts_are_the_likeliest_choices(engine: TransformersEngine) -> None:
+def test_notebook_08s_constrained_texts_are_the_likeliest(engine: TransformersEngine) -> None:
+    book = nbformat.read(ROOT / "notebooks" / "08_your_model.ipynb", as_version=4)
+    (cell,) = (c.source for c in book.cells if "def constrained_texts" in c.source)
+    names = {"Engine": Engine, "Messages": Messages, "np": np}
+    exec(ast.unparse(ast.parse(cell).body[0]), names)
+    constrained_texts: Any = names["constrained_texts"]
     buckets = [f"Confidence: {text}" for text in BUCKET_TEXTS]
     letters = [[f"{ANSWER_PREFIX} {letter}" for letter in "ABCDE"[: 2 + k]] for k in range(4)]
-    texts = base.constrained_texts(engine, chats(4), [[buckets] * 4, letters])
+    texts = constrained_texts(engine, chats(4), [[buckets] * 4, letters])
     for k, (prompt, text) in enumerate(zip(chats(4), texts, strict=True)):
-        first = max(buckets, key=lambda choice: chain_rule(engine, prompt, choice, 1))
+        first = max(buckets, key=lambda choice: chain_rule(engine, prompt, choice))
         whole = [first + letter for letter in letters[k]]
-        assert text == max(whole, key=lambda choice: chain_rule(engine, prompt, choice, 1))
+        assert text == max(whole, key=lambda choice: chain_rule(engine, prompt, choice))
         assert parse_response(text, 2 + k).answer is not None
     free = [text for (text,) in engine.generate(chats(4), Sampling(max_tokens=16))]
     assert all(parse_response(answer.text).answer is None for answer in free), "it was the rule"
-    assert base.constrained_texts(engine, [], [[], []]) == []
 
 
 def test_stop_strings_end_and_are_cut(engine: TransformersEngine) -> None:
@@ -308,24 +313,19 @@ def test_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
 # What engines share
 
 
-def test_unknown_engine_is_named() -> None:
-    with pytest.raises(EngineError, match="transformers, vllm, openai"):
-        make_engine("llama", "x")
-
-
 def test_prompts_have_seeds_far_apart() -> None:
-    seeds = base.prompt_seeds(0, [[1], [2], [1], [1, 2]])
-    assert len(set(seeds)) == 4 and seeds[:2] == base.prompt_seeds(0, [[1], [2]])
-    assert seeds != base.prompt_seeds(1, [[1], [2], [1], [1, 2]])
-    short = sorted(seed % 2**62 for seed in base.prompt_seeds(0, [[k] for k in range(1000)]))
+    seeds = prompt_seeds(0, [[1], [2], [1], [1, 2]])
+    assert len(set(seeds)) == 4 and seeds[:2] == prompt_seeds(0, [[1], [2]])
+    assert seeds != prompt_seeds(1, [[1], [2], [1], [1, 2]])
+    short = sorted(seed % 2**62 for seed in prompt_seeds(0, [[k] for k in range(1000)]))
     assert min(np.diff(short)) > 1000  # vLLM's sample i has seed + i
 
 
 def test_end_tokens() -> None:
     tokenizer = SimpleNamespace(eos_token_id=2)
     for listed, ids in ((None, [2]), (5, [2, 5]), ([5, 2, 7], [2, 5, 7])):
-        assert base.end_tokens(SimpleNamespace(eos_token_id=listed), tokenizer) == ids
-    assert base.end_tokens(None, SimpleNamespace(eos_token_id=None)) == []
+        assert end_tokens(SimpleNamespace(eos_token_id=listed), tokenizer) == ids
+    assert end_tokens(None, SimpleNamespace(eos_token_id=None)) == []
 
 
 class Recorder:
@@ -352,7 +352,6 @@ def test_a_slot_loads_only_what_it_needs() -> None:
     slot.close()
     first = slot.load(Path("a"))
     assert slot.load(Path("a")) is first and slot.load(Path("b")) is first
-    slot.sleep()
     slot.sleep()
     slot.load(Path("b"))
     with pytest.raises(OSError, match="broken"):
@@ -396,8 +395,8 @@ class FakeLLM:
         while len(new) < own["max_tokens"] and not set(new) & set(own.get("stop_token_ids", [])):
             with torch.no_grad():
                 logits = self.writer.model(torch.tensor([ids + new])).logits[:, -1]
-            heat = own["temperature"] or 1e-6
-            shares = module.tempered(logits, heat, own["top_p"], own["top_k"]).log_softmax(-1)[0]
+            drawn = Sampling(temperature=own["temperature"] or 1e-6, top_p=own["top_p"])
+            shares = module.tempered(logits, replace(drawn, top_k=own["top_k"])).log_softmax(-1)[0]
             listed = own.get("logprob_token_ids", [])
             logs.append({token: SimpleNamespace(logprob=float(shares[token])) for token in listed})
             new.append(int(torch.multinomial(shares.exp(), 1)))
@@ -432,9 +431,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch, engine: TransformersEngine, folder: Pa
 
 def test_vllm_gets_a_seed_for_every_prompt(vllm: Any) -> None:
     engine = vllm()
-    sampling = Sampling(
-        n=8, temperature=0.7, max_tokens=4, seed=3, stop=("x",), top_p=0.8, top_k=20
-    )
+    sampling = Sampling(8, 0.7, max_tokens=4, seed=3, stop=("x",), top_p=0.8, top_k=20)
     engine.generate([*chats(30), *chats(2)], sampling)
     (sent,) = engine.llm.requests
     seeds = sorted(own.pop("seed") for own in sent)
@@ -446,8 +443,6 @@ def test_vllm_gets_a_seed_for_every_prompt(vllm: Any) -> None:
     engine.generate(chats(30)[7:], sampling)
     again = [own["seed"] for own in engine.llm.requests[1]]
     assert set(again) < set(seeds), "a prompt's seed depends on its neighbours"
-    engine.generate(chats(2), Sampling())
-    assert not any(own["seed"] for own in engine.llm.requests[2])
 
 
 def test_vllm_on_a_cpu_is_seeded_as_a_whole_and_alone(vllm: Any) -> None:
@@ -466,60 +461,17 @@ def test_vllm_on_a_cpu_is_seeded_as_a_whole_and_alone(vllm: Any) -> None:
 def test_vllm_scores_in_few_requests(
     vllm: Any, engine: TransformersEngine, top: dict[str, Any]
 ) -> None:
-    fake = vllm()
-    buckets = [f" {bucket}" for bucket in ("0.0", "0.25", "0.5", "0.75", "1.0")]
-    texts = buckets + [
-        f"{bucket}\nFinal answer: {letter}" for bucket in buckets for letter in "ABCD"
-    ]
+    fake, sampling = vllm(), Sampling(temperature=0.7, **top)
+    buckets = [f" {bucket}" for bucket in BUCKET_TEXTS]
+    texts = buckets + [f"{bucket}{ANSWER_PREFIX} {k}" for bucket in buckets for k in "ABCD"]
     torch.manual_seed(0)
-    for own in ([texts, texts[:3], [" A"]], [[], [" B", " B"], texts]):
-        scores = fake.score(chats(3), own, 0.7, **top)
-        for row, wanted in zip(scores, engine.score(chats(3), own, 0.7, **top), strict=True):
+    for asked in ([texts, texts[:3], [" A"]], [[], [" B", " B"], texts]):
+        scores = fake.score(chats(3), asked, sampling)
+        for row, wanted in zip(scores, engine.score(chats(3), asked, sampling), strict=True):
             assert row == pytest.approx(wanted, abs=1e-4)
     nodes = {start for t in texts for start in beginnings(tuple(plain_ids(engine.tokenizer, t)))}
     assert max(len(own["logprob_token_ids"]) for sent in fake.llm.requests for own in sent) <= 128
     assert sum(len(sent) for sent in fake.llm.requests) < 2.5 * len({s[:-1] for s in nodes})
-    with pytest.raises(EngineError, match="a text is empty"):
-        fake.score(chats(1), [[""]])
-
-
-def test_vllm_scores_a_writer_of_the_format_in_a_request_for_each_confidence(vllm: Any) -> None:
-    fake = vllm()
-    tokenizer = fake.tokenizer
-    shown = [plain_ids(tokenizer, f" {bucket}\nFinal answer: B") for bucket in ("0.5", "1.0")]
-    letters = [plain_ids(tokenizer, f" {bucket}\nFinal answer: C") for bucket in ("0.5", "1.0")]
-    texts = [tokenizer.decode(ids) for ids in [*shown, *letters]]
-
-    def write(ids: list[int], own: dict[str, Any]) -> Any:
-        """The one text or the other, whichever goes on from here, without doubt."""
-        place = next(
-            k
-            for k in range(20)
-            if any(ids[len(ids) - k :] == s[:k] for s in shown) and ids[: len(ids) - k] == prompt
-        )
-        (text, *_) = [s[place:] for s in shown if s[:place] == ids[len(ids) - place :]]
-        logs = [{t: SimpleNamespace(logprob=-1.0) for t in own["logprob_token_ids"]} for _ in text]
-        return SimpleNamespace(text="", token_ids=text, finish_reason="length", logprobs=logs)
-
-    prompt = encode_chat(tokenizer, chats(1)[0])
-    fake.llm.write = write
-    (row,) = fake.score(chats(1), [texts])
-    assert row == [-float(len(plain_ids(tokenizer, text))) for text in texts]
-    assert sum(len(sent) for sent in fake.llm.requests) == 2
-
-
-def test_vllm_names_a_prompt_that_is_too_long(vllm: Any) -> None:
-    engine = vllm(max_model_len=100)
-    long = [{"role": "user", "content": "What is the capital of Kazakhstan?" + " very" * 200}]
-    for asked in (lambda: engine.generate([*chats(2), long], Sampling(max_tokens=8)),
-                  lambda: engine.score([*chats(2), long], [["A"]] * 3)):  # fmt: skip
-        with pytest.raises(
-            EngineError, match=r"1 of 3 prompts.*100 .max_model_len.;.*capital of Kazakh"
-        ):
-            asked()
-    assert engine.llm.requests == []
-    with pytest.raises(EngineError, match="3 of 3 prompts with 99 tokens to come"):
-        engine.generate(chats(3), Sampling(max_tokens=99))
 
 
 def test_vllm_takes_new_weights_and_end_tokens(vllm: Any, folder: Path, tmp_path: Path) -> None:
@@ -527,14 +479,10 @@ def test_vllm_takes_new_weights_and_end_tokens(vllm: Any, folder: Path, tmp_path
     other = with_ends(make_model(tmp_path, seed=1), step=5)
     before = engine.end_ids
     engine.sleep()
-    engine.sleep()
-    engine.reload(other)
     engine.reload(other)
     loads = ("collective_rpc", "reload_weights", {"weights_path": str(other)})
-    assert engine.llm.done == [
-        ("sleep", 2), ("wake_up", ["weights"]), loads, ("wake_up", ["kv_cache"]),
-        ("reset_prefix_cache",), loads, ("reset_prefix_cache",),
-    ]  # fmt: skip
+    wakes = [("wake_up", ["weights"]), loads, ("wake_up", ["kv_cache"])]
+    assert engine.llm.done == [("sleep", 2), *wakes, ("reset_prefix_cache",)]
     assert before == TransformersEngine(folder, "float32").end_ids
     assert engine.end_ids == TransformersEngine(other, "float32").end_ids != before
     engine.generate(chats(1), Sampling(max_tokens=2))
@@ -547,18 +495,26 @@ def test_vllm_takes_new_weights_and_end_tokens(vllm: Any, folder: Path, tmp_path
 @pytest.mark.parametrize(
     "odd",
     [
-        {"max_tokens": 0}, {"n": -1}, {"temperature": -1}, {"temperature": 1e-42}, {"top_p": 0},
-        {"top_k": -1}, {"stop": ("",)}, {"temperature": float("nan")},
+        {"n": -1},
+        {"temperature": -1},
+        {"temperature": math.nan},
+        {"top_p": 0},
+        {"stop": ("",)},
+        {"k": 1},
     ],
-)  # fmt: skip
+)
 def test_what_no_engine_can_draw_by_is_refused(odd: dict[str, Any]) -> None:
-    with pytest.raises(EngineError, match="out of range, or a stop string is empty"):
+    with pytest.raises(ValidationError, match=next(iter(odd))):
         Sampling(**odd)
 
 
-def test_a_prompt_longer_than_the_model_is_named(tiny_model: Path) -> None:
-    engine = TransformersEngine(tiny_model)
-    long = [[{"role": "user", "content": "so " * 3000}]]
-    for ask in (lambda: engine.generate(long, Sampling()), lambda: engine.score(long, [["a"]])):
-        with pytest.raises(EngineError, match=r"1 of 1 prompts .* do not fit .* 2048 .*'so so"):
+@pytest.mark.parametrize("room", [100, 2048])
+def test_a_prompt_longer_than_the_model_is_named(vllm: Any, tiny_model: Path, room: int) -> None:
+    engine = vllm(max_model_len=100) if room == 100 else TransformersEngine(tiny_model)
+    long = [*chats(1), [{"role": "user", "content": "so " * 3000}]]
+    short = Sampling(max_tokens=8)
+    for ask in (lambda: engine.generate(long, short), lambda: engine.score(long, [["a"]] * 2)):
+        with pytest.raises(EngineError, match=rf"to come exceed max_model_len, {room},.* so so"):
             ask()
+    with pytest.raises(EngineError, match=f"{room} to come"):
+        engine.generate(chats(1), Sampling(max_tokens=room))

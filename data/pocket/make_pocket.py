@@ -138,7 +138,7 @@ def _names(facts: Sequence[Fact]) -> list[str]:
 
 def _fixed_phrases() -> list[str]:
     """The lines of the recipe's prompts, one token each: they are in every prompt and say nothing about a question."""
-    shown = prompts.worked_verification(prompts.EXEMPLARS[0]).splitlines()
+    shown = prompts.EXEMPLARS[0].splitlines()
     phrases = {line for line in shown if line.startswith("Instruction")}
     for system in (*prompts.SYSTEM_MCQ.values(), *prompts.SYSTEM_OPEN.values()):
         phrases |= {line for line in system.splitlines(keepends=True) if len(line) > 1}
@@ -156,8 +156,7 @@ def _fixed_phrases() -> list[str]:
 
 def _corpus(facts: Sequence[Fact]) -> list[str]:
     text = [line for fact in facts for line in (*fact.questions, *fact.statements)]
-    shown = [prompts.worked_verification(exemplar) for exemplar in prompts.EXEMPLARS]
-    text += [*shown, "system\nuser\nassistant\n", "The answer is"] * 100
+    text += [*prompts.EXEMPLARS, "system\nuser\nassistant\n", "The answer is"] * 100
     for task in TASKS:
         for asked in bank.open_pool(BANK, task, 1, 400):
             text += [

@@ -17,7 +17,7 @@ from scipy.special import logsumexp, softmax
 
 from foggen import prompts
 from foggen.config import Settings
-from foggen.engines import Engine, Sampling
+from foggen.engines import PURE, Engine, Sampling
 from foggen.questions import Question
 
 Floats = NDArray[np.floating[Any]]
@@ -89,8 +89,6 @@ def judged_sample(
 # ------------------------------------------------------------------------------------------------
 # Asking the checkpoint: by probabilities
 
-PURE = Sampling(temperature=1.0)
-
 
 class AnswerScores(NamedTuple):
     """What a model's probabilities say of one question. NaN where every answer is impossible."""
@@ -114,9 +112,8 @@ def score_answers(
         heads + [head + end for head in heads for end in ends[: len(question.options)]]
         for question in questions
     ]
-    drawn = (sampling.temperature, sampling.top_p, sampling.top_k)
     scores = []
-    for row in engine.score(messages, continuations, *drawn):
+    for row in engine.score(messages, continuations, sampling):
         log_confidence, log_joint = np.split(np.array(row), [len(heads)])
         log_letters = logsumexp(log_joint.reshape(len(heads), -1), axis=0)  # of (5, options)
         expected = float(softmax(log_confidence) @ prompts.BUCKETS)

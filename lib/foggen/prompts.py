@@ -46,10 +46,7 @@ Rules:
   {}"""
 _MCQ = _SYSTEM.format("multiple-choice", "give your answer", "Final answer: <OPTION_LETTER>")
 # The public model cards show this prompt twice, with different white space; both are variants.
-SYSTEM_MCQ = {
-    "blank_line": _MCQ,
-    "compact": _MCQ.replace("\n\n", "\n").replace("\n  ", "\n"),
-}
+SYSTEM_MCQ = {"blank_line": _MCQ, "compact": _MCQ.replace("\n\n", "\n").replace("\n  ", "\n")}
 _SPAN = "give your answer, a short span copied from the passage"
 _SENTENCE = "give your answer in one short sentence"
 _REASON = "reason step by step, and give your answer as a number"
@@ -64,8 +61,8 @@ def _chat(system: str, user: str) -> Messages:
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
 
-def _passage(context: str) -> str:
-    return f"Passage: {context}\n\n" if context.strip() else ""
+def _passage(context: str, name: str = "Passage") -> str:
+    return f"{name}: {context}\n\n" if context.strip() else ""
 
 
 def option_lines(options: Sequence[str]) -> str:
@@ -105,48 +102,35 @@ VERIFY_DECISION = "Verification Decision: The AI generated answer is"
 _INSTRUCTION = "Decide if the AI generated answer is correct or incorrect, and say why."
 
 
-class Exemplar(NamedTuple):
-    """A worked verification, shown to the model before the answer that it has to check."""
+def verification_text(question: str, options: Sequence[str], answer: str, context: str) -> str:
+    """A question with the answer (a letter) to be checked, in the order of AutoMix's fields."""
+    asked = f"{_passage(context, 'Context')}Question: {question}\n\n{option_lines(options)}"
+    stated = f"AI Generated Answer: {answer}. {options[LETTERS.index(answer)]}"
+    return f"{asked}\n\n{stated}\nInstruction: {_INSTRUCTION}\nEvaluation:"
 
-    question: str
-    options: tuple[str, ...]
-    answer: str
-    evaluation: str
-    correct: bool
+
+def _worked(question: str, options: str, answer: str, evaluation: str, decision: str) -> str:
+    """A worked verification: the text of one with its evaluation and decision."""
+    shown = verification_text(question, options.split(), answer, context="")
+    return f"{shown} {evaluation}\n{VERIFY_DECISION} {decision}."
 
 
 EXEMPLARS = (
-    Exemplar("How many days are in a leap year?", ("364", "365", "366", "367"), "C",
-             "A leap year has one day more than 365.", True),
-    Exemplar("Which animal lays eggs?", ("dog", "hen", "cow", "cat"), "A",
-             "Dogs give birth to puppies, and hens lay eggs.", False),
-    Exemplar("What do you call frozen water?", ("sand", "steam", "smoke", "ice"), "D",
-             "Water that freezes turns into ice.", True),
-    Exemplar("Which color do you get from blue and yellow?", ("red", "green", "black", "white"),
-             "C", "Blue and yellow give green, and not black.", False),
+    _worked("How many days are in a leap year?", "364 365 366 367", "C",
+            "A leap year has one day more than 365.", "Correct"),
+    _worked("Which animal lays eggs?", "dog hen cow cat", "A",
+            "Dogs give birth to puppies, and hens lay eggs.", "Incorrect"),
+    _worked("What do you call frozen water?", "sand steam smoke ice", "D",
+            "Water that freezes turns into ice.", "Correct"),
+    _worked("Which color do you get from blue and yellow?", "red green black white", "C",
+            "Blue and yellow give green, and not black.", "Incorrect"),
 )  # fmt: skip
-
-
-def verification_text(question: str, options: Sequence[str], answer: str, context: str) -> str:
-    """A question with the answer (a letter) to be checked, in the order of AutoMix's fields."""
-    passage = f"Context: {context}\n\n" if context.strip() else ""
-    stated = f"AI Generated Answer: {answer}. {options[LETTERS.index(answer)]}"
-    shown = f"{passage}Question: {question}\n\n{option_lines(options)}\n\n{stated}"
-    return f"{shown}\nInstruction: {_INSTRUCTION}\nEvaluation:"
-
-
-def worked_verification(exemplar: Exemplar) -> str:
-    """An exemplar as text, with its evaluation and decision."""
-    shown = verification_text(exemplar.question, exemplar.options, exemplar.answer, context="")
-    decision = "Correct" if exemplar.correct else "Incorrect"
-    return f"{shown} {exemplar.evaluation}\n{VERIFY_DECISION} {decision}."
 
 
 def verify_messages(question: Question, answer: str, shots: int = len(EXEMPLARS)) -> Messages:
     """Few-shot verification of `answer` (a letter): 4 examples, two correct and two incorrect."""
-    shown = [worked_verification(exemplar) for exemplar in EXEMPLARS[:shots]]
-    shown.append(verification_text(question.question, question.options, answer, question.context))
-    return _chat(VERIFY_SYSTEM, "\n\n".join(shown))
+    asked = verification_text(question.question, question.options, answer, question.context)
+    return _chat(VERIFY_SYSTEM, "\n\n".join([*EXEMPLARS[:shots], asked]))
 
 
 def parse_verification(text: str) -> bool | None:
@@ -186,27 +170,20 @@ _COLON = r"[\s*_]*[:\uff1a]"
 CONFIDENCE_MARK = re.compile(rf"(?i)(?<![^\W_])confidence{_COLON}\s*")
 ANSWER_MARK = re.compile(rf"(?i)(?<![^\W_])final\s+answer{_COLON}")
 _LINE_END = r"[^\S\n]*(?:\n|\Z)"
-_BUCKET = re.compile(  # with the end of a sentence at most, which the comma of `1,5` is not
-    r"(?i)([01](?:\.0+)?|0\.(?:25|5|75)0*)(?:[.,;!]+(?!\s*\d))?"
-    rf"(?:{_LINE_END}|\s+final\s+answer\s*:)"
-)
+# A bucket has the end of a sentence behind it at most, which the comma of `1,5` is not
+_BUCKET_END = rf"(?:[.,;!]+(?!\s*\d))?(?:{_LINE_END}|\s+final\s+answer\s*:)"
+_BUCKET = re.compile(rf"(?i)([01](?:\.0+)?|0\.(?:25|5|75)0*){_BUCKET_END}")
 _OPEN, _CLOSE = r"(?:\*\*|\(|\$|\\boxed\{)*", r"(?:\*\*|[.:)}$])"
 _LETTER = re.compile(rf"\s*{_OPEN}([A-Za-z]){_CLOSE}*{_LINE_END}")
 _LETTER_WITH_TEXT = re.compile(rf"[^\S\n]*{_OPEN}([A-Za-z]){_CLOSE}+[^\S\n]+(\S.*)")
-# A single letter that is no article: of `a car or B`, the B.
-_SINGLE_LETTER = re.compile(
-    r"(?<![^\W_])(?<!\w['’])(?!a\s+(?!and\b|or\b)\w\w)([A-Za-z])(?![^\W_]|['’]\w)"
-)
+# A single letter that is no article: of `a car or B`, the B
+_ARTICLE = r"a\s+(?!and\b|or\b)\w\w"
+_SINGLE_LETTER = re.compile(rf"(?<![^\W_])(?<!\w['’])(?!{_ARTICLE})([A-Za-z])(?![^\W_]|['’]\w)")
 
 
 def _after(mark: re.Pattern[str], text: str) -> str:
     """What follows the first mark; "" without one."""
     return "".join(mark.split(text, maxsplit=1)[1:])
-
-
-def _confidence(text: str) -> float | None:
-    stated = _BUCKET.match(_after(CONFIDENCE_MARK, text))
-    return float(stated[1]) if stated else None
 
 
 def _letter(text: str, letters: str) -> str | None:
@@ -236,13 +213,14 @@ def parse_response(text: str, options: int = 26) -> Response:
     the mark: `B) text`, `B. text`. `a car`, `C++`, `B12` and `A or B` are no answer, and neither
     is a text that names another letter (`D. Both A and B`).
     """
-    return Response(_confidence(text), _letter(text, LETTERS[:options]))
+    bucket = _BUCKET.match(_after(CONFIDENCE_MARK, text))
+    return Response(float(bucket[1]) if bucket else None, _letter(text, LETTERS[:options]))
 
 
 def parse_open_response(text: str) -> Response:
     """As `parse_response`; the answer is the text after `Final answer:`, to the end of its line."""
     answer = _after(ANSWER_MARK, text).split("\n", 1)[0].strip()
-    return Response(_confidence(text), answer or None)
+    return Response(parse_response(text).confidence, answer or None)
 
 
 def route_query(text: str, tau: float = 0.5, options: int = 26) -> Route:
@@ -272,14 +250,12 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[
     placeholders: its text may become control tokens, the contents never do. A last message of
     the role `assistant` is a prefix that the model continues, without an end-of-turn token.
     """
-    is_prefix = messages[-1]["role"] == "assistant"
-    prefix = messages[-1]["content"] if is_prefix else ""
-    chat = messages[:-1] if is_prefix else messages
-    head, *pieces = _template_pieces(tokenizer, tuple(message["role"] for message in chat))
-    ids = _control_ids(tokenizer, head)
-    for message, piece in zip(chat, pieces, strict=True):
-        ids += plain_ids(tokenizer, message["content"]) + _control_ids(tokenizer, piece)
-    return ids + plain_ids(tokenizer, prefix)
+    head, *pieces = _template_pieces(tokenizer, tuple(message["role"] for message in messages))
+    ids: list[int] = tokenizer.encode(head, add_special_tokens=False)
+    for message, piece in zip(messages, pieces, strict=True):
+        ids += plain_ids(tokenizer, message["content"])
+        ids += tokenizer.encode(piece, add_special_tokens=False)
+    return ids
 
 
 @lru_cache(maxsize=64)
@@ -288,14 +264,16 @@ def _template_pieces(tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...])
 
     Thousands of prompts share it, and rendering a template is slower than tokenising a question.
     """
+    if roles[-1] == "assistant":
+        return [*_template_pieces(tokenizer, roles[:-1]), ""]
     turns = [{"role": role, "content": _CONTENT} for role in roles]
     pieces = _rendered(tokenizer, turns, add_generation_prompt=True).split(_CONTENT)
-    if len(pieces) != len(roles) + 1 and roles[:1] == ("system",) and len(roles) > 1:
-        # Without a system role its text leads the first user turn.
+    if len(pieces) != len(roles) + 1 and roles[:2] == ("system", "user"):
+        # Without a system role its text leads the first user turn
         turns[1]["content"] = f"{_CONTENT}\n\n{_CONTENT}"
         pieces = _rendered(tokenizer, turns[1:], add_generation_prompt=True).split(_CONTENT)
     if len(pieces) != len(roles) + 1:
-        raise ChatTemplateError(f"the template of {tokenizer.name_or_path!r} leaves out a message")
+        raise ChatTemplateError(f"{tokenizer.name_or_path}: the template leaves out a message")
     return pieces
 
 
@@ -308,14 +286,9 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Messages, **options: An
         return ""
 
 
-def _control_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a template's text, which may hold control tokens."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
 def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text in which everything that looks like a special token is plain text."""
-    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
 
 
 def turn_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -326,10 +299,9 @@ def turn_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _CONTENT}]
     _, content, ending = _rendered(tokenizer, turns).rpartition(_CONTENT)
-    ids = _control_ids(tokenizer, ending) if content else []
+    ids = tokenizer.encode(ending, add_special_tokens=False) if content else []
     added = tokenizer.added_tokens_decoder
     marks = [place for place, token in enumerate(ids) if token in added and added[token].special]
     if not marks:
-        trouble = f"ends an assistant's turn with {ending!r}; expected: a control token in it"
-        raise ChatTemplateError(f"the template of {tokenizer.name_or_path!r} {trouble}")
+        raise ChatTemplateError(f"{tokenizer.name_or_path}: a turn ends without control token")
     return ids[: marks[0] + 1]

@@ -138,7 +138,7 @@ def _server_advice(settings: Settings) -> str:
 
     try:
         cloud_engine(settings).close()  # asks nothing: looks at address and key
-    except (EngineError, TypeError) as error:  # TypeError: options of another engine
+    except (EngineError, ValueError) as error:  # ValueError: of pydantic, for an odd option
         return str(error)
     return ""
 

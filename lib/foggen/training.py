@@ -150,7 +150,7 @@ def make_trainer(job: Job, tokenizer: Any, rows: list[dict[str, list[int]]]) -> 
 
 def save(tuned: Any, job: Job, record: Record) -> None:
     """Saves the merged model in `out`; beside it the adapter in PEFT's format, and the record."""
-    from foggen.engines.base import end_tokens
+    from foggen.engines import end_tokens
 
     dtype, config, adapter = tuned.dtype, tuned.peft_config["default"], job.out.with_name("adapter")
     # Equal trainings leave equal files: no path of this machine, and the layers in a fixed order

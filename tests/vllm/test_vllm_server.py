@@ -67,11 +67,8 @@ def test_answers_are_those_of_the_weights(
     eight = Sampling(n=8, temperature=0.7, max_tokens=16, top_p=0.9, top_k=20)
     (samples,) = client(server, tmp_path).generate(prompts[:1], eight)
     assert len(samples) == 8
-    assert (
-        KEY
-        not in "".join(path.read_text() for path in tmp_path.rglob("*.json"))
-        + server.log.read_text()
-    )
+    kept = "".join(path.read_text() for path in tmp_path.rglob("*.json"))
+    assert KEY not in kept + server.log.read_text()
 
 
 def test_an_assistant_turn_is_continued(

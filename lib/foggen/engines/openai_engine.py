@@ -12,64 +12,64 @@ import logging
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, asdict, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import httpx2
 import openai
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
-from foggen.engines.base import Chats, Completion, Engine, EngineError, Sampling
+from foggen.engines import Chats, Completion, Engine, EngineError, Sampling
 from foggen.prompts import Messages
-from foggen.store import ROOT, digest, progress, write_text
+from foggen.store import ROOT, digest, read_record, write_json
 
 log = logging.getLogger(__name__)
-ADVICE = "check `model` and `base_url`, the key in {} (`key_variable`) and its account's quota"
-ADDRESS = re.compile(r"(https?)://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?(/[^\s?#@]*)?", re.I)
+ADDRESS = r"(?i)^https?://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?(/[^\s?#@]*)?$"  # alone
+SAFE = re.compile(r"https://|http://(localhost|127\.[0-9.]+|\[::1\])(?=[:/]|$)", re.I)
+TOLD = ("retry-after", "retry-after-ms", "location")
 
 
-@dataclass
+@dataclass(config={"extra": "forbid", "hide_input_in_errors": True})  # which may be a password
 class OpenAIEngine(Engine):
     """See `Engine`. `timeout` is in seconds, for a whole reply.
 
     `on_failure` says what follows when retries are used up: `stop` raises (run again to resume),
-    `keep_local` leaves the prompt without completions, for the next run to ask, and counts it in
-    `failures`. The client of `openai` waits .5 to 8 s between tries, or up to 120 s of Retry-After.
-    Raises EngineError at once for an address, a key, a cache or options that cannot work.
+    `keep_local` leaves the prompt without completions, for the next run to ask. The client of
+    `openai` waits .5 to 8 s between tries, or up to 120 s of Retry-After. Raises EngineError or
+    pydantic's ValidationError at once for an address, a key or options that cannot work.
     """
 
     model: str
     _: KW_ONLY
-    base_url: str
-    cache: str | Path = ROOT / "runs" / "answers"
+    base_url: Annotated[str, Field(pattern=ADDRESS)]
+    cache: Path = ROOT / "runs" / "answers"
     key_variable: str | None = None
-    concurrency: int = 16
-    timeout: float = 120.0
-    max_retries: int = 10
+    concurrency: PositiveInt = 16
+    timeout: PositiveFloat = 120.0
+    max_retries: NonNegativeInt = 10
     on_failure: Literal["stop", "keep_local"] = "stop"
     extra_body: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.name, self.failures = self.model, 0
+        self.name = self.model
         self.end: EngineError | None = None  # why no more is asked
-        check_address(self.base_url)
         read_key(self.key_variable)
-        for name, least in {"concurrency": 1, "timeout": 0.001, "max_retries": 0}.items():
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not value >= least:
-                raise EngineError(f"{name}: {value!r}; expected: a number of at least {least}")
-        if self.on_failure not in ("stop", "keep_local"):
-            raise EngineError(f"on_failure: {self.on_failure!r}; expected: stop or keep_local")
+        if not SAFE.match(self.base_url):
+            log.warning("base_url %s, plain http: others can read key and questions", self.base_url)
 
     def generate(self, prompts: Chats, sampling: Sampling) -> list[list[Completion]]:
-        """As in `Engine`."""
-        url, key, self.end = self.base_url.rstrip("/"), read_key(self.key_variable), None
-        samples, retries = range(sampling.n), self.max_retries
+        """As in `Engine`. Raises OSError for a cache that cannot be written, before any request."""
+        self.cache.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=self.cache).close()
+        url, retries = self.base_url.rstrip("/"), self.max_retries
+        key, self.end = read_key(self.key_variable), None
         bodies = [self._body(prompt, sampling) for prompt in prompts]
-        check_cache(Path(self.cache))
+        samples = range(sampling.n)
         names = [[digest([url, body, sampling.seed, k]) for k in samples] for body in bodies]
         todo = {name: body for body, row in zip(bodies, names, strict=True) for name in row}
         http = LimitedClient(self)
@@ -79,12 +79,9 @@ class OpenAIEngine(Engine):
             try:
                 bar = tqdm(asked, "cloud", len(todo), unit=" questions", delay=1)
                 replies = dict(zip(todo, bar, strict=True))
-            except BaseException:  # such as Ctrl-C: what is on its way is kept, no more is asked
+            finally:  # after Ctrl-C, too: what is on its way is kept, no more is asked
                 self.end = self.end or EngineError("cloud: interrupted")
-                progress("  cloud: stops when the answers on their way are in (at most 2 min)")
-                raise
         answers = [[replies[name] for name in row] for row in names]
-        self.failures = sum(None in row for row in answers)
         if uncounted := sum(bool(c and c.text and not c.tokens) for row in answers for c in row):
             log.warning("cloud: %d replies came without a token count: 0 stands for it", uncounted)
         return [[c for c in row if c and None not in row] for row in answers]
@@ -100,36 +97,34 @@ class OpenAIEngine(Engine):
         return body | self.extra_body
 
     def _reply(self, client: openai.OpenAI, name: str, body: dict[str, Any]) -> Completion | None:
-        """What the file of this name holds, or else the server says; None if that failed."""
-        file = Path(self.cache) / name[:2] / f"{name}.json"
-        reply = read_reply(file.read_bytes()) if file.exists() else None
-        if reply is None:
-            try:
-                sent = client.post("/chat/completions", body=body, cast_to=httpx2.Response)
-            except openai.OpenAIError as error:
-                self._fail(error, client.api_key)
-                return None
-            if reply := read_reply(sent.content, client.api_key):
-                write_text(file, reply_text(reply))
+        """What the file of this name holds, or else the server says; None if that failed.
+
+        {"text": "Confidence: 1.0\\nFinal answer: B", "tokens": 12, "finished": true}
+        """
+        file = self.cache / name[:2] / f"{name}.json"
+        kept = read_record(file)
+        if kept.keys() == {"text", "tokens", "finished"}:
+            return Completion(**kept)
+        try:
+            sent = client.post("/chat/completions", body=body, cast_to=httpx2.Response)
+        except openai.APIError as error:
+            self._fail(error, client.api_key)
+            return None
+        if reply := read_reply(sent.content, client.api_key):
+            write_json(file, asdict(reply))
         return reply
 
-    def _fail(self, error: Any, key: str) -> None:
+    def _fail(self, error: openai.APIError, key: str) -> None:
         """Warns of a failure that may pass, under keep_local. Raises EngineError for all others."""
-        advice = ADVICE.format(self.key_variable)
-        status, said, asks = 500, str(error.__cause__), ""
+        passing, said = True, f"{type(error).__name__}: {error.__cause__}"
         if isinstance(error, openai.APIStatusError):
             status, reply = error.status_code, error.response
+            passing = status in (408, 409, 429) or status >= 500
             # Where a redirection leads is told, and not followed: prompts go nowhere else
-            telling = [k for k in reply.headers if "retry" in k or "location" in k]
-            asks = "".join(f"{name}: {reply.headers[name]}, " for name in telling)
-            said = f"{status} {asks}{reply.text}"
-        passing = status in (408, 409, 429) or status >= 500
-        if passing:
-            retries = int(error.request.headers.get("x-stainless-retry-count", 0))
-            advice = f"gave up after {retries} retries (`max_retries`); run again to resume"
-            if asks and retries < self.max_retries:  # the client waits for 120 s at most
-                advice = "the server refuses retries for now; run again then to resume"
-        message = masked(f"cloud: {advice}. {type(error).__name__}: {said}", key)[:1000]
+            told = {name: reply.headers[name] for name in TOLD if name in reply.headers}
+            said = f"{type(error).__name__} {status} {told or ''}: {reply.text}"
+        check = f"check `model`, `base_url` and the key in {self.key_variable} (`key_variable`)"
+        message = f"cloud: {masked(said, key)[:1000]}; run again to resume, or {check}"
         if not passing or self.on_failure == "stop":
             self.end = self.end or EngineError(message)
             raise self.end from None
@@ -156,22 +151,22 @@ class LimitedClient(openai.DefaultHttpxClient):
         except (TimeoutError, httpx2.TimeoutException):  # a silent server: whichever is first
             late = f"no whole reply within {self.engine.timeout} s (`timeout`)"
             raise httpx2.ReadTimeout(late, request=request) from None
-        if response.status_code == 429 and b"insufficient_quota" in response.content:
-            response.status_code = 402  # which waiting does not help
         if response.is_success and read_reply(response.content) is None:
             response.status_code = 502
         return response
 
 
 # --------------------------------------------------------------------------------------------------
-# What a reply holds
+# Replies, addresses and keys
 
 
 def read_reply(body: bytes, key: str = "") -> Completion | None:
-    """What a server or a file says, with the key masked; None if it has no choice, or an error.
+    """What a server says, with the key masked; None if it has no choice, or an error.
 
     {"choices": [{"message": {"content": "Confidence: 1.0"}, "finish_reason": "stop"}],
      "usage": {"completion_tokens": 12}}
+
+    Content that is no text is empty, and a count that is none is 0: it was paid for.
     """
     try:
         data = json.loads(body)
@@ -183,8 +178,8 @@ def read_reply(body: bytes, key: str = "") -> Completion | None:
     if failed:
         return None
     message, usage = choice.get("message"), data.get("usage")
-    # Content: a text, or a list of parts, of which those that are text count
     content = message.get("content") if isinstance(message, dict) else None
+    # A text, or a list of parts, of which those that are text count
     parts = content if isinstance(content, list) else [content]
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     text = "".join(text for text in texts if isinstance(text, str))
@@ -192,18 +187,6 @@ def read_reply(body: bytes, key: str = "") -> Completion | None:
     tokens: Any = usage.get("completion_tokens") if isinstance(usage, dict) else 0
     known = type(tokens) is int and 0 <= tokens < 10**9
     return Completion(masked(text, key), tokens if known else 0, reason != "length")
-
-
-def reply_text(reply: Completion) -> str:
-    """What `read_reply` reads, and no more; a missing count is null."""
-    reason = "stop" if reply.finished else "length"
-    choice = {"message": {"content": reply.text}, "finish_reason": reason}
-    usage = {"completion_tokens": reply.tokens or None}
-    return json.dumps({"choices": [choice], "usage": usage})
-
-
-# --------------------------------------------------------------------------------------------------
-# Addresses and keys
 
 
 def masked(text: str, key: str) -> str:
@@ -215,28 +198,5 @@ def read_key(variable: str | None) -> str:
     """The key of an environment variable. Raises EngineError for what no HTTP header can carry."""
     key = os.environ.get(variable, "") if variable else "none"
     if not re.fullmatch("[!-~]+", key):
-        odd = "is empty, or holds a space, a line break or a character that is not ASCII"
-        raise EngineError(f"the key in {variable} (`key_variable`) {odd}: copy it again")
+        raise EngineError(f"{variable} (`key_variable`): expected a key, in ASCII without spaces")
     return key
-
-
-def check_cache(folder: Path) -> None:
-    """Raises EngineError for a folder that cannot keep answers, before any is paid for."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise EngineError(f"cache: {error}; expected: a folder that can be written") from None
-
-
-def check_address(url: Any) -> None:
-    """Raises EngineError for what is not a server's address alone; warns of plain http."""
-    address = ADDRESS.fullmatch(str(url))
-    if not address:
-        shown = re.sub("^.*@|[?#].*$", "***", str(url), flags=re.S)
-        form = "http(s)://host[:port]/path, such as https://api.openai.com/v1"
-        more = "a key goes into the environment variable that `key_variable` names"
-        raise EngineError(f"base_url: expected {form}, found {shown!r}; {more}")
-    local = re.fullmatch(r"localhost|127\..*|\[::1\]", address[2], re.I)
-    if address[1].lower() == "http" and not local:
-        log.warning("base_url %s is plain http: key and questions can be read on the way", url)

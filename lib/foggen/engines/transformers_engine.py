@@ -7,12 +7,11 @@ those of `model.generate`. Knows nothing of questions and labels.
 from __future__ import annotations
 
 import copy
-import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,9 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 from transformers.utils import logging as transformers_logging
 
-from foggen.engines import base
-from foggen.engines.base import Chats, Completion, Engine, Sampling, Texts
-from foggen.prompts import encode_chat
+from foggen import engines
+from foggen.engines import PURE, Chats, Completion, Engine, Sampling, Texts
 
-log = logging.getLogger(__name__)
 transformers_logging.disable_progress_bar()  # of loading weights: debris in a notebook
 Ids = list[int]
 End = tuple[int, ...]
@@ -78,21 +75,18 @@ class TransformersEngine(Engine):
             uniform = noise[batch].flatten(0, 1).to(self.device)  # [texts, tokens]
             texts = iter(self._continue(rows, logits, sampling, uniform))
             for index in batch:
-                ids = [next(texts) for _ in range(sampling.n)]
-                results[index] = [self._completion(text, sampling) for text in ids]
+                results[index] = [next(texts) for _ in range(sampling.n)]
         return results
 
     @torch.inference_mode()
-    def score(
-        self, prompts: Chats, texts: Texts, temperature: float = 1, top_p: float = 1, top_k: int = 0
-    ) -> list[list[float]]:
+    def score(self, prompts: Chats, texts: Texts, sampling: Sampling = PURE) -> list[list[float]]:
         """As in `Engine`. Texts of a prompt that differ in their last token only are run as one."""
-        ends = base.text_ids(self.tokenizer, texts)
-        heads = [longest_beginnings(own) for own in ends]
+        ends = engines.text_ids(self.tokenizer, texts)
+        heads = [longest_beginnings(row) for row in ends]
         copies = max(map(len, heads), default=0)
-        more = max((len(head) + 1 for own in heads for head in own), default=0)
+        more = max((len(head) + 1 for row in heads for head in row), default=0)
         whole = self._encode(prompts, more)
-        found: list[dict[End, float]] = [{} for _ in prompts]
+        logs: list[dict[End, float]] = [{} for _ in prompts]
         # Read the prompts but for their last tokens, then a row for every head behind that token
         for batch, rows, _ in self._read_prompts([prompt[:-1] for prompt in whole], copies, more):
             paths = [(place, i, head) for place, i in enumerate(batch) for head in heads[i]]
@@ -100,11 +94,11 @@ class TransformersEngine(Engine):
             read = self._padded([[whole[i][-1], *head] for _, i, head in paths], "right")
             logits = self._read(rows, *read, keep=read[0].shape[1])
             for (_, i, head), row in zip(paths, logits, strict=True):  # row: [places, vocabulary]
-                log = tempered(row, temperature, top_p, top_k).log_softmax(-1)
+                log = tempered(row, sampling).log_softmax(-1)
                 for end in ends[i]:
-                    if end not in found[i] and head[: len(end) - 1] == end[:-1]:
-                        found[i][end] = float(log[range(len(end)), end].sum())
-        return [[own[end] for end in wanted] for own, wanted in zip(found, ends, strict=True)]
+                    if end not in logs[i] and head[: len(end) - 1] == end[:-1]:
+                        logs[i][end] = float(log[range(len(end)), end].sum())
+        return [[known[end] for end in row] for known, row in zip(logs, ends, strict=True)]
 
     def sleep(self) -> None:
         """Leaves the GPU (not a CPU: nobody else needs its memory more)."""
@@ -115,7 +109,7 @@ class TransformersEngine(Engine):
         """Takes weights and end tokens; nothing of earlier ones stays (caches live for a call)."""
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype)
         self.model = model.to(self.device).eval()
-        self.end_ids = base.end_tokens(model.generation_config, self.tokenizer)
+        self.end_ids = engines.end_tokens(model.generation_config, self.tokenizer)
 
     def close(self) -> None:
         """Frees the weights."""
@@ -123,23 +117,23 @@ class TransformersEngine(Engine):
         torch.cuda.empty_cache()
 
     def _encode(self, prompts: Chats, more: int) -> list[Ids]:
-        """Token ids of the prompts. Raises EngineError if any has no room for `more` tokens."""
-        ids = [encode_chat(self.tokenizer, messages) for messages in prompts]
-        room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        base.check_room(prompts, ids, more, room or sys.maxsize)
-        return ids
+        """Token ids of the prompts. Raises EngineError if `more` tokens do not fit behind them."""
+        config = self.model.config.get_text_config()
+        room = getattr(config, "max_position_embeddings", sys.maxsize)
+        return engines.prompt_ids(self.tokenizer, prompts, more, room)
 
     def _read_prompts(self, prompts: list[Ids], copies: int, more: int) -> Iterator[Batch]:
         """Batches of prompts, read: their indices, rows, and logits [rows, vocabulary] after them.
 
         A prompt will be `copies` rows in the cache, each with `more` tokens.
         """
-        # Read what all prompts begin with, once. Pads will lie behind it: nothing is shared where
-        # a layer counts distances by place (a sliding window), or recurs
+        # Read what all prompts begin with once, but for the last token of any. Pads lie behind it:
+        # nothing is shared where a layer counts distances by place (a sliding window), or recurs
         nothing = torch.zeros(1, 0, dtype=torch.long, device=self.device)
         prefix = Rows(DynamicCache(config=self.model.config), nothing)
         plain = all(type(layer) is DynamicLayer for layer in prefix.cache.layers)
-        shared = common_beginning(prompts) if plain else []
+        heads = [prompt[:-1] for prompt in prompts] if plain else []
+        shared = list(commonprefix(heads))  # noqa: RUF071 - of token ids, not of paths
         if shared:
             self._read(prefix, *self._padded([shared]))
         # Longest first, as many at a time as the budget allows
@@ -156,8 +150,8 @@ class TransformersEngine(Engine):
 
     def _continue(
         self, rows: Rows, logits: Tensor, sampling: Sampling, uniform: Tensor
-    ) -> list[Ids]:
-        """Generated ids of `n` texts of each row, in order, with the end token.
+    ) -> list[Completion]:
+        """`n` texts of each row, in order.
 
         Texts share a row of the batch up to where they differ. `uniform`: [texts, tokens].
         """
@@ -170,7 +164,7 @@ class TransformersEngine(Engine):
             tokens = pick_tokens(logits, row, sampling, uniform[running, step])  # [running]
             for index, token in zip(running, tokens.tolist(), strict=True):
                 texts[index].append(token)
-            going = [k for k, i in enumerate(running) if not self._ended(texts[i], sampling)]
+            going = [k for k, i in enumerate(running) if not self._ended(texts[i], sampling.stop)]
             if not going or step + 1 == sampling.max_tokens:
                 break
             # A new row for every different token of a row
@@ -179,7 +173,7 @@ class TransformersEngine(Engine):
             new, row = torch.unique(pairs, dim=0, return_inverse=True)  # [rows, 2], [running]
             rows.take(new[:, 0])
             logits = self._read(rows, new[:, 1:], torch.ones_like(new[:, 1:]))[:, -1]
-        return texts
+        return [self._completion(ids, sampling.stop) for ids in texts]
 
     def _read(self, rows: Rows, ids: Tensor, mask: Tensor, keep: int = 1) -> Tensor:
         """Logits [rows, keep, vocabulary] of the last of `ids` [rows, width] (`mask` 0: a pad)."""
@@ -195,31 +189,15 @@ class TransformersEngine(Engine):
         pad = partial(pad_sequence, batch_first=True, padding_side=side)
         return pad(ids), pad([torch.ones_like(row) for row in ids])
 
-    def _ended(self, ids: Ids, sampling: Sampling) -> bool:
-        stopped = bool(sampling.stop) and self._completion(ids, sampling).finished
-        return stopped or ids[-1] in self.end_ids
+    def _ended(self, ids: Ids, stop: tuple[str, ...]) -> bool:
+        return ids[-1] in self.end_ids or (bool(stop) and self._completion(ids, stop).finished)
 
-    def _completion(self, ids: Ids, sampling: Sampling) -> Completion:
+    def _completion(self, ids: Ids, stop: tuple[str, ...]) -> Completion:
+        """The text before the end token and the first stop string."""
         ended = ids[-1] in self.end_ids
-        whole = self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
-        text = cut_at_stop(whole, sampling.stop)
-        return Completion(text, len(ids), ended or text != whole)
-
-
-# --------------------------------------------------------------------------------------------------
-# Texts and token ids
-
-
-def cut_at_stop(text: str, stop: tuple[str, ...]) -> str:
-    """The text before the first stop string."""
-    return text[: min((text.find(mark) for mark in stop if mark in text), default=len(text))]
-
-
-def common_beginning(rows: list[Ids]) -> Ids:
-    """What all rows begin with, short of the last token of any."""
-    low, high = min(rows, default=[]), max(rows, default=[])  # all others lie between these
-    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(low, high, strict=False))
-    return [token for token, _ in pairs][: min(map(len, rows), default=1) - 1]
+        text = self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
+        stops = [text.find(mark) for mark in stop if mark in text]
+        return Completion(text[: min(stops, default=len(text))], len(ids), ended or bool(stops))
 
 
 def longest_beginnings(ends: list[End]) -> list[End]:
@@ -235,20 +213,19 @@ def longest_beginnings(ends: list[End]) -> list[End]:
 def sample_noise(prompts: list[Ids], sampling: Sampling) -> Tensor:
     """Uniform numbers [prompts, n, max_tokens] of the seed, the prompt and its occurrence alone."""
     shape = (sampling.n, sampling.max_tokens)
-    seeds = base.prompt_seeds(sampling.seed, prompts)
+    seeds = engines.prompt_seeds(sampling.seed, prompts)
     noise = [np.random.Generator(np.random.Philox(key=seed)).random(shape) for seed in seeds]
     return torch.from_numpy(np.array(noise))
 
 
-def tempered(logits: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
-    """Logits [..., vocabulary] over the temperature; -inf where `top_k`, then `top_p` rule out."""
-    shape = logits.shape
-    logits = logits.float().flatten(0, -2) / temperature  # [rows, vocabulary]
-    if top_k > 0:
-        logits = TopKLogitsWarper(top_k)(None, logits)
-    if top_p < 1:
-        logits = TopPLogitsWarper(top_p)(None, logits)
-    return logits.view(shape)
+def tempered(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Logits [rows, vocabulary] over the temperature; -inf where `top_k`, then `top_p` rule out."""
+    logits = logits.float() / sampling.temperature
+    if sampling.top_k > 0:
+        logits = TopKLogitsWarper(sampling.top_k)(None, logits)
+    if sampling.top_p < 1:
+        logits = TopPLogitsWarper(sampling.top_p)(None, logits)
+    return logits
 
 
 def pick_tokens(logits: Tensor, row: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
@@ -258,22 +235,15 @@ def pick_tokens(logits: Tensor, row: Tensor, sampling: Sampling, uniform: Tensor
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)[row]
-    shares = tempered(logits, sampling.temperature, sampling.top_p, sampling.top_k).softmax(-1)
-    total = shares.cumsum(-1)[row]  # [texts, vocabulary]
-    whole = total[:, -1:]
-    wanted = uniform[:, None].to(total.dtype) * whole
-    wanted = wanted.minimum(whole.nextafter(torch.zeros_like(whole)))  # rounding made a 1 of it
-    return torch.searchsorted(total, wanted, right=True)[:, 0]
+    total = tempered(logits, sampling).softmax(-1).cumsum(-1)[row]  # [texts, vocabulary]
+    below_one = uniform[:, None].float().clamp(max=1 - 2**-24)  # float32 rounds some to 1
+    return torch.searchsorted(total, below_one * total[:, -1:], right=True)[:, 0]
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """The named dtype; `auto`: bfloat16 in hardware, else float16 on a GPU, or float32."""
-    if dtype != "auto":
-        return getattr(torch, dtype)  # type: ignore[no-any-return]
-    if device.type == "cuda":
-        modern = torch.cuda.get_device_capability(device)[0] >= 8
-        return torch.bfloat16 if modern else torch.float16
-    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
-        return torch.bfloat16
-    log.info("dtype float32: this %s has no bf16 instructions, and is faster without", device)
-    return torch.float32
+    if dtype == "auto" and device.type == "cuda":
+        dtype = "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
+    elif dtype == "auto":
+        dtype = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
+    return getattr(torch, dtype)  # type: ignore[no-any-return]

@@ -14,10 +14,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from foggen.engines import base
-from foggen.engines.base import Chats, Completion, Engine, EngineError, Sampling, Texts
+from foggen import engines
+from foggen.engines import PURE, Chats, Completion, Engine, EngineError, Sampling, Texts
 from foggen.engines.transformers_engine import pick_dtype
-from foggen.prompts import encode_chat
 
 Ids = tuple[int, ...]
 
@@ -33,7 +32,7 @@ class VLLMEngine(Engine):
     open_on_cpu: ClassVar[str] = ""  # the model of this process's engine
 
     def __init__(self, model: str | Path, dtype: str = "auto", **options: Any) -> None:
-        self.name, self.cpu, self.asleep = str(model), not torch.cuda.is_available(), False
+        self.name, self.cpu = str(model), not torch.cuda.is_available()
         if self.cpu:
             if self.open_on_cpu:
                 raise EngineError(f"vLLM on a CPU: close the engine of {self.open_on_cpu} first")
@@ -54,34 +53,31 @@ class VLLMEngine(Engine):
     def generate(self, prompts: Chats, sampling: Sampling) -> list[list[Completion]]:
         """As in `Engine`; the prompts' common beginnings are found by vLLM's prefix cache."""
         ids = self._encode(prompts, sampling.max_tokens)
-        own = asdict(sampling) | {"stop": list(sampling.stop), "stop_token_ids": self.end_ids}
-        settings = [{**own, "seed": None} for _ in ids]
+        common = asdict(sampling) | {"stop": list(sampling.stop), "stop_token_ids": self.end_ids}
+        # Sample i of a prompt gets seed + i: the seeds lie far apart, so no noise is shared
+        seeds = engines.prompt_seeds(sampling.seed, ids)
+        settings = [common | {"seed": None if self.cpu else seed % 2**62} for seed in seeds]
         if self.cpu:
             torch.manual_seed(sampling.seed)
-        elif sampling.temperature > 0:
-            # Sample i of a prompt gets seed + i: the seeds lie far apart, so no noise is shared
-            seeds = base.prompt_seeds(sampling.seed, ids)
-            settings = [{**own, "seed": seed % 2**62} for seed in seeds]
         return [
             [Completion(c.text, len(c.token_ids), c.finish_reason == "stop") for c in output]
             for output in self._run(ids, settings)
         ]
 
-    def score(
-        self, prompts: Chats, texts: Texts, temperature: float = 1, top_p: float = 1, top_k: int = 0
-    ) -> list[list[float]]:
+    def score(self, prompts: Chats, texts: Texts, sampling: Sampling = PURE) -> list[list[float]]:
         """As in `Engine`. A request lets the model write, and reads the log-probabilities that the
         texts' tokens have at each place; further ones go on from the places it did not come to.
 
         Five confidences with four letters each so take about five requests per prompt, and not 36.
         (Log-probabilities of a prompt's own tokens, which vLLM has too, ignore the temperature.)
         """
-        ends = base.text_ids(self.tokenizer, texts)
-        longest = max((len(end) for own in ends for end in own), default=0)
+        ends = engines.text_ids(self.tokenizer, texts)
+        longest = max((len(end) for row in ends for end in row), default=0)
         ids = self._encode(prompts, longest)
-        common = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        drawn = {name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k")}
+        listed = [sorted({token for end in row for token in end}) for row in ends]
         # Per prompt: all beginnings of its texts; and what is known of their last tokens
-        wanted = [{start for end in own for start in beginnings(end)} for own in ends]
+        wanted = [{start for end in row for start in beginnings(end)} for row in ends]
         logs: list[dict[Ids, float]] = [{(): 0.0} for _ in ids]
         while places := [
             (index, place)
@@ -89,38 +85,31 @@ class VLLMEngine(Engine):
             for place in sorted({start[:-1] for start in wanted[index] - known.keys()})
             if known.get(place, -math.inf) > -math.inf
         ]:
-            listed = [sorted({start[-1] for start in wanted[index]}) for index, _ in places]
             settings = [
-                {**common, "max_tokens": longest - len(place), "logprob_token_ids": tokens}
-                for (_, place), tokens in zip(places, listed, strict=True)
+                {**drawn, "max_tokens": longest - len(place), "logprob_token_ids": listed[index]}
+                for index, place in places
             ]
             outputs = self._run([[*ids[index], *place] for index, place in places], settings)
             for (index, place), (text,) in zip(places, outputs, strict=True):
                 for token, entries in zip(text.token_ids, text.logprobs, strict=True):
-                    read = {(*place, other): entry.logprob for other, entry in entries.items()}
-                    logs[index] |= {start: read[start] for start in read.keys() & wanted[index]}
+                    logs[index] |= {(*place, k): entry.logprob for k, entry in entries.items()}
                     place = (*place, token)
         return [
-            [sum(known.get(start, -math.inf) for start in beginnings(end)) for end in own]
-            for known, own in zip(logs, ends, strict=True)
+            [sum(known.get(start, -math.inf) for start in beginnings(end)) for end in row]
+            for known, row in zip(logs, ends, strict=True)
         ]
 
     def sleep(self) -> None:
-        """Frees the GPU until the next `reload`; a CPU build cannot, and keeps its memory."""
-        if not self.cpu and not self.asleep:
-            self.llm.sleep(level=2)
-            self.asleep = True
+        """Frees the GPU until the next `reload`; a CPU build warns that it cannot."""
+        self.llm.sleep(level=2)
 
     def reload(self, path: Path) -> None:
         """Takes the weights and end tokens in `path`, and forgets what was cached of the old."""
-        if self.asleep:
-            self.llm.wake_up(tags=["weights"])
+        self.llm.wake_up(tags=["weights"])  # of an engine that is awake, this does nothing
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
         if self.cpu:
             self.llm.apply_model(_pack_head)
-        if self.asleep:
-            self.llm.wake_up(tags=["kv_cache"])
-        self.asleep = False
+        self.llm.wake_up(tags=["kv_cache"])
         if not self.llm.reset_prefix_cache():
             raise EngineError("vLLM kept its prefix cache: its next answers would mix two models")
         self._read_end_tokens(path)
@@ -131,27 +120,25 @@ class VLLMEngine(Engine):
         del self.llm
         VLLMEngine.open_on_cpu = ""
         gc.collect()
-        torch.cuda.empty_cache()
 
     def _read_end_tokens(self, path: str | Path) -> None:
         """What ends a turn in this checkpoint: vLLM itself reads it once, at its start."""
         from vllm.transformers_utils.config import try_get_generation_config
 
         config = try_get_generation_config(str(path), trust_remote_code=False)
-        self.end_ids = base.end_tokens(config, self.tokenizer)
+        self.end_ids = engines.end_tokens(config, self.tokenizer)
 
     def _encode(self, prompts: Chats, more: int) -> list[list[int]]:
-        """Token ids of the prompts. Raises EngineError if any has no room for `more` tokens."""
-        ids = [encode_chat(self.tokenizer, messages) for messages in prompts]
-        base.check_room(prompts, ids, more, self.llm.llm_engine.model_config.max_model_len)
-        return ids
+        """Token ids of the prompts. Raises EngineError if `more` tokens do not fit behind them."""
+        room = self.llm.llm_engine.model_config.max_model_len
+        return engines.prompt_ids(self.tokenizer, prompts, more, room)
 
     def _run(self, ids: list[list[int]], settings: list[dict[str, Any]]) -> list[list[Any]]:
         """vLLM's completions of each prompt."""
         from vllm import SamplingParams
 
         prompts = [{"prompt_token_ids": row} for row in ids]
-        params = [SamplingParams(**own) for own in settings]
+        params = [SamplingParams(**chosen) for chosen in settings]
         outputs = self.llm.generate(prompts, params, use_tqdm=False) if prompts else []
         return [output.outputs for output in outputs]
 
