@@ -15,15 +15,14 @@ import yaml
 from pydantic import ValidationError
 from tiny import make_questions
 
-from foggen import sources
 from foggen.config import Columns, Settings, Source, load_profile, override
-from foggen.inputs import HubError
+from foggen.inputs import HubError, TableError
 from foggen.prompts import LETTERS
 from foggen.questions import (
     DOMAINS,
+    OPEN_SETS,
     OpenQuestion,
     Question,
-    QuestionError,
     by_domain,
     draw,
     draw_balanced,
@@ -69,8 +68,8 @@ def table(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def problems(load: Callable[[], object]) -> list[str]:
-    """The lines of the QuestionError that is raised."""
-    with pytest.raises(QuestionError) as error:
+    """The lines of the TableError that is raised."""
+    with pytest.raises(TableError) as error:
         load()
     return str(error.value).splitlines()
 
@@ -806,6 +805,6 @@ def test_open_ended_sets_of_the_hub(hub):
     assert Counter(q.task for q in parts["test"]) == dict.fromkeys(rows.keys() - {"replay"}, 20)
     truths = [{q.question for q in part if q.task == "truthfulqa"} for part in parts.values()]
     assert not truths[0] & truths[1]
-    assert {source.revision for source in sources.OPEN_SETS.values()} == {
+    assert {source.revision for source in OPEN_SETS.values()} == {
         json.loads(line)[1] for line in (hub / "asked.jsonl").read_text().splitlines()
     }
