@@ -11,6 +11,7 @@ import csv
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
@@ -67,21 +68,18 @@ def listed(value: Any) -> Any:
 
 # ---- Tables
 
-MISSING = {"NaN": None}  # as data frames write it; JSON knows no such number
-
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
     lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would split at U+2028
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                row = json.loads(line, parse_constant=MISSING.get)
+                # Data frames write NaN for what is missing; JSON knows no such number
+                row = json.loads(line, parse_constant={"NaN": None}.get)
             except ValueError as error:
                 row = error
-            yield (
-                f"line {number}",
-                row if isinstance(row, dict) else f"{row!s:.200} is no object",
-            )
+            problem = f"{row!s:.200}; expected: one JSON object"
+            yield f"line {number}", row if isinstance(row, dict) else problem
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
@@ -224,12 +222,12 @@ def _option_columns(known: Mapping[str, str]) -> list[str] | None:
     return None
 
 
-def read_chat(turns: Any) -> Row:
+def read_chat(row: Row, column: str | None) -> Row:
     r"""Question, options and answer of a chat such as
 
     user: `Why?\nA. so\nB. not so`, assistant: `Confidence: 0.5\nFinal answer: B`
     """
-    chat = {turn["role"]: turn["content"] for turn in turns or []}
+    chat = {turn["role"]: turn["content"] for turn in row.get(column or "messages") or []}
     # The options begin with the last line of an A, and end with a blank line.
     form = r"(?sm)(.*)^[ \t]*\(?A[.):][ \t]+(.*?)(?:\n[ \t]*\n|\Z)"
     if not (parts := re.match(form, chat.get("user", ""))):
@@ -256,6 +254,28 @@ def read_options(row: Row, column: str | list[str]) -> tuple[list[Any], list[str
     if all(re.match(rf"\(?{letter}\)\s*\S", text) for letter, text in pairs):
         options = [text.partition(")")[2].lstrip() for text in options]
     return options, [str(label).casefold() for label in labels[: len(options)]]
+
+
+def read_answer(answer: Any, options: list[Any], labels: list[str]) -> dict[str, int]:
+    """The place of the right option (0 is the first), by every way to read the answer."""
+    text = normalised(as_name(answer) or "", keep_case=True)
+    letter = re.sub(r"\A\(?(\w+)[.):].*", r"\1", text).casefold()  # `(B) not so` is b
+    ways = {
+        "letter": (letter, labels),
+        "text": (text, [normalised(str(option), keep_case=True) for option in options]),
+        "index0": (text, [str(place) for place in range(len(options))]),
+        "index1": (text, [str(place + 1) for place in range(len(options))]),
+    }
+    return {how: names.index(name) for how, (name, names) in ways.items() if name in names}
+
+
+def best_reading(readings: Sequence[Mapping[str, int]]) -> str | None:
+    """The way that reads most answers; None where two do and disagree, or none reads half."""
+    counts = Counter(how for places in readings for how in places)
+    most = max(counts.values(), default=0)
+    best = [how for how, count in counts.items() if count == most]
+    agree = all(len({places.get(how) for how in best}) < 2 for places in readings)
+    return best[0] if best and agree and 2 * most >= len(readings) else None
 
 
 # ---- The hub

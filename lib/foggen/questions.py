@@ -111,28 +111,6 @@ class OpenQuestion(BaseModel, frozen=True, coerce_numbers_to_str=True):
 # Rows of any usual shape as questions
 
 
-def _places(answer: Any, options: list[Any], labels: list[str]) -> dict[str, int]:
-    """The place of the right option (0 is the first), by every way to read the answer."""
-    text = normalised(as_name(answer) or "", keep_case=True)
-    letter = re.sub(r"\A\(?(\w+)[.):].*", r"\1", text).casefold()  # `(B) not so` is b
-    ways = {
-        "letter": (letter, labels),
-        "text": (text, [normalised(str(option), keep_case=True) for option in options]),
-        "index0": (text, [str(place) for place in range(len(options))]),
-        "index1": (text, [str(place + 1) for place in range(len(options))]),
-    }
-    return {how: names.index(name) for how, (name, names) in ways.items() if name in names}
-
-
-def _reading(readings: Sequence[Mapping[str, int]]) -> str | None:
-    """The way that reads most answers; None where two do and disagree, or none reads half."""
-    counts = Counter(how for places in readings for how in places)
-    most = max(counts.values(), default=0)
-    best = [how for how, count in counts.items() if count == most]
-    agree = all(len({places.get(how) for how in best}) < 2 for places in readings)
-    return best[0] if best and agree and 2 * most >= len(readings) else None
-
-
 def shaped(name: str, table: Table, given: Columns, domain: str | None = None) -> Table:
     """A table of any usual shape with the fields of a Question; validation tells what a row lacks.
 
@@ -140,15 +118,14 @@ def shaped(name: str, table: Table, given: Columns, domain: str | None = None) -
     letter; a position counts from 1 only where the rows prove it. Raises TableError, with the
     lines to write into the profile, where columns or answers cannot be told.
     """
-    messages = given.messages or "messages"
-    table = [(place, inputs.read_chat(row.get(messages)) | row) for place, row in table]
+    table = [(place, inputs.read_chat(row, given.messages) | row) for place, row in table]
     columns = inputs.find_columns(table, given)
     questions: Table = []
     readings = []
     for number, (place, row) in enumerate(table):
         fields = {field: row.get(str(column)) for field, column in columns.items()}
         options, labels = inputs.read_options(row, columns["options"])
-        readings.append(_places(fields["answer"], options, labels))
+        readings.append(inputs.read_answer(fields["answer"], options[:26], labels))
         named = as_name(domain or fields["domain"])
         fields |= {"options": options, "domain": named and re.sub("[ _-]+", "_", normalised(named))}
         filled = {field: value for field, value in (row | fields).items() if value is not None}
@@ -156,13 +133,13 @@ def shaped(name: str, table: Table, given: Columns, domain: str | None = None) -
     alone = [str(row.get("question")) for _, row in questions if "context" in row]
     if not given.question and any(re.fullmatch("[A-Za-z]+", word) for word in alone):
         raise TableError(f"{name}: questions of one word; name their column: `question: <column>`")
-    how = given.answer_is or _reading(readings)
+    how = given.answer_is or inputs.best_reading(readings)
     if not how:
-        advice = "say `answer_is: letter`, or text, index0, index1, in `columns`"
-        raise TableError(f"{name}: cannot tell how to read the answers: {advice}")
+        raise TableError(
+            f"{name}: answers unclear; say `answer_is: letter`, text, index0 or index1"
+        )
     for (_, row), places in zip(questions, readings, strict=True):
-        unread = f"{row.get('answer')} (read as {how})"
-        row["answer"] = LETTERS[places[how]] if how in places else unread
+        row["answer"] = LETTERS[places[how]] if how in places else f"{row.get('answer')} (as {how})"
     return questions
 
 
