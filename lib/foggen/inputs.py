@@ -256,8 +256,8 @@ def read_options(row: Row, column: str | list[str]) -> tuple[list[Any], list[str
     return options, [str(label).casefold() for label in labels[: len(options)]]
 
 
-def read_answer(answer: Any, options: list[Any], labels: list[str]) -> dict[str, int]:
-    """The place of the right option (0 is the first), by every way to read the answer."""
+def read_answer(answer: Any, options: list[Any], labels: list[str]) -> dict[str, str]:
+    """The letter of the right option, by every way to read the answer: {"index1": "B", ...}."""
     text = normalised(as_name(answer) or "", keep_case=True)
     letter = re.sub(r"\A\(?(\w+)[.):].*", r"\1", text).casefold()  # `(B) not so` is b
     ways = {
@@ -266,15 +266,16 @@ def read_answer(answer: Any, options: list[Any], labels: list[str]) -> dict[str,
         "index0": (text, [str(place) for place in range(len(options))]),
         "index1": (text, [str(place + 1) for place in range(len(options))]),
     }
-    return {how: names.index(name) for how, (name, names) in ways.items() if name in names}
+    known = [(how, names.index(name)) for how, (name, names) in ways.items() if name in names[:26]]
+    return {how: LETTERS[place] for how, place in known}
 
 
-def best_reading(readings: Sequence[Mapping[str, int]]) -> str | None:
+def best_reading(readings: Sequence[Mapping[str, str]]) -> str | None:
     """The way that reads most answers; None where two do and disagree, or none reads half."""
-    counts = Counter(how for places in readings for how in places)
+    counts = Counter(how for letters in readings for how in letters)
     most = max(counts.values(), default=0)
     best = [how for how, count in counts.items() if count == most]
-    agree = all(len({places.get(how) for how in best}) < 2 for places in readings)
+    agree = all(len({letters.get(how) for how in best}) < 2 for letters in readings)
     return best[0] if best and agree and 2 * most >= len(readings) else None
 
 

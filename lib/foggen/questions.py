@@ -25,7 +25,7 @@ from foggen import inputs
 from foggen.config import Columns, Settings, Source, is_local
 from foggen.inputs import INVISIBLE, Model, Row, Table, TableError, normalised
 from foggen.inputs import as_name as as_name
-from foggen.prompts import LETTERS, SYSTEM_OPEN
+from foggen.prompts import SYSTEM_OPEN
 from foggen.store import ROOT, digest, progress
 
 DOMAINS = ("finance", "science", "coding", "law", "math", "kazakh_culture", "medical")  # rotation
@@ -125,7 +125,7 @@ def shaped(name: str, table: Table, given: Columns, domain: str | None = None) -
     for number, (place, row) in enumerate(table):
         fields = {field: row.get(str(column)) for field, column in columns.items()}
         options, labels = inputs.read_options(row, columns["options"])
-        readings.append(inputs.read_answer(fields["answer"], options[:26], labels))
+        readings.append(inputs.read_answer(fields["answer"], options, labels))
         named = as_name(domain or fields["domain"])
         fields |= {"options": options, "domain": named and re.sub("[ _-]+", "_", normalised(named))}
         filled = {field: value for field, value in (row | fields).items() if value is not None}
@@ -135,11 +135,9 @@ def shaped(name: str, table: Table, given: Columns, domain: str | None = None) -
         raise TableError(f"{name}: questions of one word; name their column: `question: <column>`")
     how = given.answer_is or inputs.best_reading(readings)
     if not how:
-        raise TableError(
-            f"{name}: answers unclear; say `answer_is: letter`, text, index0 or index1"
-        )
-    for (_, row), places in zip(questions, readings, strict=True):
-        row["answer"] = LETTERS[places[how]] if how in places else f"{row.get('answer')} (as {how})"
+        raise TableError(f"{name}: unclear answers; say answer_is: letter, text, index0 or index1")
+    for (_, row), letters in zip(questions, readings, strict=True):
+        row["answer"] = letters.get(how, f"{row.get('answer')} (read as {how})")
     return questions
 
 
