@@ -89,26 +89,14 @@ def test_external_question_sets_load():
 
 @pytest.mark.parametrize(
     ("text", "other"),
-    [
-        ("4", "4 "),
-        ("5", "5\u00a0"),
-        ("é", "e\u0301"),
-        ("a b", " A \n B\u3000"),
-        ("x", "x\u200b"),
-        ("x", "x\u200e"),
-        ("x", "\u00adx"),
-    ],
+    [("4", "4 "), ("5", "5\u00a0"), ("é", "e\u0301"), ("x", "x\u200b"), ("x", "\u00adx")],
 )
 def test_texts_are_compared_normalised(text, other):
     assert normalised(text) == normalised(other) and normalised(text) != normalised("y")
-    if text != "a b":
-        with pytest.raises(ValidationError, match="two are the same"):
-            Question(**{**GOOD, "options": (text, other, "z")})
-
-
-def test_options_may_differ_in_case_alone():
+    with pytest.raises(ValidationError, match="two are the same"):
+        Question(**{**GOOD, "options": (text, other, "z")})
     genotypes = Question(**{**GOOD, "options": ("RR", "Rr", "rr")})
-    assert genotypes.options == ("RR", "Rr", "rr")
+    assert genotypes.options == ("RR", "Rr", "rr"), "case is no white space"
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
@@ -126,7 +114,7 @@ def test_numbers_are_names_in_all_formats(ending, tmp_path):
 
 
 def test_a_column_of_numbers_with_gaps_names_facts_too(tmp_path):
-    """Pandas makes 12 a 12.0 beside a missing value, and the missing value NaN."""
+    """Pandas makes 12 a 12.0 beside a missing value."""
     import pandas as pd
 
     rows = [{**GOOD, "id": f"q{fact}", "fact": fact} for fact in (12, 0, None)]
@@ -158,10 +146,10 @@ def test_a_missing_number_is_no_text(tmp_path):
     good = {**GOOD, "context": nan}
     (question,) = load_questions(jsonl(tmp_path / "q.jsonl", good))
     assert question.context == "" and question.fact_key == "q1"
-    bad = ({**GOOD, "options": ["a", "b", nan]}, {**GOOD, "question": nan})
+    bad = ({**GOOD, "options": ["a", nan, "b"]}, {**GOOD, "question": nan})
     for row, field in zip(bad, ("options", "question"), strict=True):
         jsonl(tmp_path / "q.jsonl", row)
-        assert f"field `{field}`" in problems(lambda: load_questions(tmp_path / "q.jsonl"))[1]
+        assert f"field `{field}`" in problems(lambda: load_questions(tmp_path / "q.jsonl"))[0]
 
 
 def test_what_is_sampled_is_the_fact_or_the_passage_or_the_question():
@@ -185,22 +173,19 @@ def test_all_bad_rows_are_told_together(tmp_path):
         {**GOOD, "id": "q7", "options": ["1", ["2"]]},
         {**GOOD, "id": "q8", "answer": "both"},
         {**GOOD, "id": "q9", "domain": ""},
-        {**GOOD, "id": ["q10"]},
+        {**GOOD, "id": " "},
         {**GOOD, "id": "q11", "domain": "Mean"},
-        {**GOOD, "id": "q12", "fact": {"a": 1}},
         {**GOOD, "id": "q13", "context": ["a", "b"]},
         {**GOOD, "id": "q14", "question": "\u200b"},
     )
     jsonl(tmp_path / "two.jsonl", GOOD)
-    head, *lines = problems(lambda: load_questions(tmp_path))
+    lines = problems(lambda: load_questions(tmp_path))
     fields = ["answer", "options", "options", "options", "question", "options", "answer", "domain"]
-    fields += ["id", "domain", "fact", "context", "question"]
-    assert head.startswith("14 problem(s), nothing was loaded")
-    for number, (field, line) in enumerate(zip(fields, lines, strict=False), 2):
-        assert (
-            line.startswith(f"one.jsonl, line {number}: field `{field}`") and "expected: " in line
-        )
-    assert lines[-1].startswith("two.jsonl, line 1: field `id`: 'q1' again") and len(lines) == 14
+    fields += ["id", "domain", "context", "question"]
+    for number, field in enumerate(fields, 2):
+        assert f"one.jsonl, line {number}: field `{field}`: " in "\n".join(lines)
+    assert all("; expected: " in line for line in lines)
+    assert lines[-1].startswith("two.jsonl, line 1: field `id`: 'q1' again")
 
 
 @pytest.mark.parametrize(
@@ -209,24 +194,21 @@ def test_all_bad_rows_are_told_together(tmp_path):
         ("q.csv", "question,A,B,answer,domain\nWhich, if any?,a,b,B,law\n", "q.csv, row 1"),
         ("q.csv", "question,A,B,answer,domain\nWhich?,a,b,B,law,\n", "q.csv, row 1"),
         ("q.csv", "question,A,B,answer,domain\nWhich?,a,b\n", "q.csv, row 1"),
-        ("q.csv", "question,A,A,answer,domain\nWhich?,a,b,B,law\n", "twice"),
+        ("q.csv", "question,A,A,answer,domain\nWhich?,a,b,B,law\n", "different names"),
         ("q.jsonl", "{not json", "q.jsonl, line 1"),
         ("q.jsonl", '"a text"', "q.jsonl, line 1"),
-        ("q.jsonl", "", "no rows"),
+        ("q.jsonl", "", "without rows"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_told_with_its_place(name, text, told, tmp_path):
     (tmp_path / name).write_text(text)
-    (tmp_path / "wrong.jsonl").write_bytes(b"\xff\xfe")
-    lines = problems(lambda: load_questions(tmp_path if text else tmp_path / name))
-    assert any(told in line for line in lines)
-    assert any("wrong.jsonl" in line for line in lines) == bool(text), "all files are told"
+    assert told in problems(lambda: load_questions(tmp_path))[0]
 
 
 def test_no_questions_at_all(tmp_path):
     jsonl(tmp_path / "squad.jsonl", {"id": "s"})
     for path in (tmp_path / "nowhere", tmp_path):
-        assert "no such file, or no .jsonl" in problems(lambda path=path: load_questions(path))[1]
+        assert "no .jsonl, .csv, .parquet" in problems(lambda path=path: load_questions(path))[0]
 
 
 def test_26_options_and_a_byte_order_mark(tmp_path):
@@ -234,7 +216,7 @@ def test_26_options_and_a_byte_order_mark(tmp_path):
     file = jsonl(tmp_path / "q.jsonl", "\ufeff" + json.dumps(many))
     assert load_questions(file)[0].answer == "Z"
     jsonl(file, {**many, "options": [*many["options"], "more"]})
-    assert "at most 26" in problems(lambda: load_questions(file))[1]
+    assert "at most 26" in problems(lambda: load_questions(file))[0]
 
 
 def test_missing_and_the_text_none_are_two_things(tmp_path):
@@ -244,7 +226,7 @@ def test_missing_and_the_text_none_are_two_things(tmp_path):
         {"question": "q2?", "options": ["m", "x", "c"], "answer": "c"},
     ]
     lines = problems(lambda: load_questions(jsonl(tmp_path / "q.jsonl", *rows), domain="x"))
-    assert len(lines) == 2 and lines[1].startswith("q.jsonl, line 2: field `answer`")
+    assert len(lines) == 1 and lines[0].startswith("q.jsonl, line 2: field `answer`")
     rows[1]["answer"] = "None"
     letters = [q.answer for q in load_questions(jsonl(tmp_path / "q.jsonl", *rows), domain="x")]
     assert letters == ["B", "A", "C"]
@@ -349,7 +331,7 @@ def test_a_question_that_cannot_stand_alone_is_not_guessed(tmp_path):
         {**copa, "question": word, "label": place} for place, word in enumerate(("cause", "effect"))
     ]
     file = jsonl(tmp_path / "copa.jsonl", *rows)
-    assert "one word cannot stand alone" in problems(lambda: load_questions(file, domain="x"))[0]
+    assert "questions of one word" in problems(lambda: load_questions(file, domain="x"))[0]
     named = load_questions(file, Columns(question="question"), domain="x")
     assert [(q.context, q.question, q.answer) for q in named][1] == ("The man fell.", "effect", "B")
 
@@ -381,20 +363,18 @@ def test_named_columns_stand_over_recognised_ones(tmp_path):
     found = load_questions(jsonl(tmp_path / "q.jsonl", *apart), given, "x")
     assert [(list(q.options), q.answer) for q in found] == [(o, L[g]) for _, o, g in ROWS]
     for wrong in ({"fact": "topc"}, {"options": ["w", "v"]}, {"answer": "nothing"}):
-        lines = problems(
-            lambda wrong=wrong: load_questions(tmp_path / "q.jsonl", Columns(**wrong), "x")
-        )
-        assert next(iter(wrong)) in lines[0]
+        given = Columns(**wrong)
+        lines = problems(lambda given=given: load_questions(tmp_path / "q.jsonl", given, "x"))
+        assert f"{next(iter(wrong))}: <column>" in lines[-1]
 
 
 def test_untold_columns_stop_with_the_lines_to_write(tmp_path):
     rows = [{"frage": q, "wahl": o, "richtig": g} for q, o, g in ROWS]
     file = jsonl(tmp_path / "set.jsonl", *rows)
     lines = problems(lambda: load_questions(file, domain="things"))
-    assert lines[0].endswith("cannot tell which column holds: question, options, answer")
-    assert "set.jsonl" in lines[0] and "frage: 'Which colour is grass?'" in lines[1]
+    assert "set.jsonl" in lines[0] and "'frage': 'Which colour is grass?'" in lines[0]
     written = yaml.safe_load("\n".join(lines[lines.index("    columns:") :]))["columns"]
-    assert list(written) == list(Columns.model_fields)
+    assert list(written) == ["question", "options", "answer"]
     named = {"question": "frage", "options": "wahl", "answer": "richtig", "answer_is": "index0"}
     found = load_questions(file, Columns(**named), "things")
     assert [L.index(q.answer) for q in found] == GOLD
@@ -410,8 +390,6 @@ def test_untold_columns_stop_with_the_lines_to_write(tmp_path):
         (["A", "B", "D"], False),
         ([*"BCD"], False),
         (["option_2", "option_3"], False),
-        (["A", "B", "option_1"], False),
-        (["A", "B", "a", "b"], False),
     ],
 )
 def test_option_columns_stand_in_turn(names, ok, tmp_path):
@@ -424,14 +402,7 @@ def test_option_columns_stand_in_turn(names, ok, tmp_path):
         assert question.options == tuple(f"text {n}" for n in range(len(names)))
         assert question.answer == LETTERS[last]
     else:
-        assert "which column holds: options" in problems(lambda: load_questions(file))[0]
-
-
-def test_columns_that_differ_in_case_are_not_told_apart(tmp_path):
-    row = {"question": "Why?", "A": "x", "B": "y", "answer": "A", "Answer": "B", "domain": "law"}
-    file = table(tmp_path / "q.csv", [row])
-    assert "which column holds: answer" in problems(lambda: load_questions(file))[0]
-    assert load_questions(file, Columns(answer="Answer"))[0].answer == "B"
+        assert "options: <column>" in problems(lambda: load_questions(file))[-1]
 
 
 @pytest.mark.parametrize(
@@ -448,7 +419,7 @@ def test_a_letter_is_the_label_of_its_row(options, answer, gold, tmp_path):
     assert load_questions(file)[0].answer == gold
     row = {**GOOD, "options": options, "answer": answer}
     jsonl(file, row, {**row, "id": "q2", "answer": "Z"})
-    assert "field `answer`: 'Z (read as letter)'" in problems(lambda: load_questions(file))[1]
+    assert "field `answer`: 'Z (read as letter)'" in problems(lambda: load_questions(file))[0]
 
 
 def test_options_and_answers_as_json_in_a_csv(tmp_path):
@@ -464,14 +435,14 @@ def test_options_and_answers_as_json_in_a_csv(tmp_path):
 def test_answers_that_can_be_read_in_two_ways_stop(tmp_path):
     file = tmp_path / "q.jsonl"
     jsonl(file, *({"question": q, "choices": o, "answer": 1 + g % 2} for q, o, g in ROWS))
-    assert "how to read the answers" in problems(lambda: load_questions(file, domain="x"))[0]
+    assert "unclear answers" in problems(lambda: load_questions(file, domain="x"))[0]
     for how, letters in (("index0", "CBBC"), ("index1", "BAAB")):
         found = load_questions(file, Columns(answer_is=how), "x")
         assert "".join(q.answer for q in found) == letters
     jsonl(file, {"question": "2?", "options": ["1", "2", "3", "4"], "answer": "2"})
-    assert "how to read the answers" in problems(lambda: load_questions(file, domain="x"))[0]
+    assert "unclear answers" in problems(lambda: load_questions(file, domain="x"))[0]
     jsonl(file, *SHAPES["index from 0"] * 3, {"question": "?", "choices": ["a", "b"], "answer": -1})
-    (line,) = problems(lambda: load_questions(file, domain="x"))[1:]
+    (line,) = problems(lambda: load_questions(file, domain="x"))
     assert "line 13: field `answer`: '-1 (read as index0)'" in line
 
 
@@ -480,20 +451,18 @@ def test_the_options_of_a_chat_are_the_last_list(tmp_path):
     chat = [{"role": "user", "content": user}, {"role": "assistant", "content": "B"}]
     file = jsonl(tmp_path / "q.jsonl", {"talk": chat}, {"talk": [], "id": "empty"})
     lines = problems(lambda: load_questions(file, Columns(messages="talk"), "x"))
-    assert all("line 2" in line for line in lines[1:]) and len(lines) > 1
+    assert all("line 2" in line for line in lines)
     file.write_text(json.dumps({"talk": chat}))
     (question,) = load_questions(file, Columns(messages="talk"), "x")
     assert question.options == ("I only", "II only") and question.answer == "B"
     assert question.question == "I. yes\nII. no\nA. Who asks?\n\nWhich?"
 
 
-def test_the_marks_of_a_chat_come_in_turn(tmp_path):
+def test_options_of_a_chat_that_are_not_in_turn_are_none(tmp_path):
     user = "Which?\nA. both of\nI. one\nC. two\nB. none\nC. all"
     chat = [{"role": "user", "content": user}, {"role": "assistant", "content": "C"}]
     file = jsonl(tmp_path / "q.jsonl", {"messages": chat})
-    (question,) = load_questions(file, domain="x")
-    assert question.options == ("both of\nI. one\nC. two", "none", "all")
-    assert question.answer == "C"
+    assert "question: <column>" in str(problems(lambda: load_questions(file, domain="x")))
 
 
 # ---- open-ended files
@@ -526,7 +495,7 @@ def test_open_questions_take_the_data_sets_own_fields(tmp_path):
     assert [q.fact for q in found[2:4]] == ["T", "7"]
     jsonl(tmp_path / "squad.jsonl", {"question": "Who?", "answers": []})
     assert (
-        "squad.jsonl, line 1: field `answers`" in problems(lambda: load_open_questions(tmp_path))[1]
+        "squad.jsonl, line 1: field `answers`" in problems(lambda: load_open_questions(tmp_path))[0]
     )
 
 
@@ -621,22 +590,18 @@ def test_split_files_may_be_called_as_the_hub_s(tmp_path, capsys):
     names = ("train-00000-of-00001", "TEST", "Validation_1", "law")
     for place, name in enumerate(names):
         write(tmp_path / "set" / f"{name}.jsonl", questions[5 * place : 5 * place + 5])
-    (tmp_path / "set" / "more.tsv").write_text("question\tanswer\n")
     parts = splits(with_sources({"path": str(tmp_path / "set")}))
     assert sizes(parts) == [5, 5, 5] and parts["test"] == questions[5:10]
-    told = capsys.readouterr().err
-    assert (
-        "not read: more.tsv" in told and "not used, since others are named as splits: law" in told
-    )
+    assert "5 questions of other splits" in capsys.readouterr().err
 
 
 def test_a_source_without_rows_is_refused(tmp_path):
     (tmp_path / "test.jsonl").write_text("")
     write(tmp_path / "train.jsonl", make_questions(4, ("law",)))
-    told = problems(lambda: splits(with_sources({"path": str(tmp_path)})))
-    assert told[1].endswith("test: no rows")
     (tmp_path / "q.csv").write_text("question,A,B,answer,domain\n")
-    assert "q.csv: no rows" in problems(lambda: load_questions(tmp_path / "q.csv"))[1]
+    for load in (lambda: splits(with_sources({"path": str(tmp_path)})),
+                 lambda: load_questions(tmp_path / "q.csv")):  # fmt: skip
+        assert "without rows" in problems(load)[0]
 
 
 def test_a_test_question_in_training_is_left_out_of_it(tmp_path, capsys):
@@ -669,15 +634,15 @@ def test_a_bank_is_a_folder_with_a_file_per_split(tmp_path):
     settings = load_profile("pocket")
     bank = ROOT / settings.data.bank
     assert splits(settings) == {split: load_questions(bank / f"{split}.jsonl") for split in SPLITS}
-    settings = override(settings, {"data.bank": str(tmp_path)})
-    for load, name in ((splits, "train.jsonl"), (open_splits, "open_ended/train.jsonl")):
-        assert f"{name}: no such file" in problems(lambda load=load: load(settings))[1]
+    empty = override(settings, {"data.bank": str(tmp_path)})
+    assert "no .jsonl" in problems(lambda: splits(empty))[0]
+    assert "open_ended/train.jsonl: no .jsonl" in problems(lambda: open_splits(empty))[0]
 
 
 def test_ids_are_unique_over_sources(tmp_path):
     file = write(tmp_path / "a.jsonl", make_questions(4, ("law",)))
     twice = with_sources({"path": file, "use": "train"}, {"path": file, "use": "test"})
-    assert "'law-0' is the id of two questions" in problems(lambda: splits(twice))[1]
+    assert "is the id of 2 questions" in problems(lambda: splits(twice))[0]
 
 
 @pytest.mark.skipif(
@@ -697,8 +662,8 @@ def test_external_question_sets_are_a_source():
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Data set `name` lies in `hub / name`; what was asked is in `hub / asked.jsonl`."""
 
-    def snapshot(path: str, repo_type: str, revision: str | None, allow_patterns: list[str]) -> str:
-        assert repo_type == "dataset" and "*.parquet" in allow_patterns
+    def snapshot(path: str, repo_type: str, revision: str | None) -> str:
+        assert repo_type == "dataset"
         with (tmp_path / "asked.jsonl").open("a") as asked:
             asked.write(json.dumps([path, revision]) + "\n")
         return str(tmp_path / path.split("/")[-1])
@@ -730,7 +695,7 @@ def test_hub_sets_by_their_splits(hub, capsys):
     assert [q.answer for q in parts["test"]] == ["ABCD"[n % 4] for n in range(30, 40)]
     assert parts["test"][0].id == "set/test-0"
     told = capsys.readouterr().err
-    assert "1 rows of some/set are left out: set/train, row 30: field `options`" in told
+    assert "1 rows are left out: set/train, row 30: field `options`" in told
     divided = splits(with_sources({**entry, "split": "train", "use": "divide", "rows": 20}))
     assert sum(sizes(divided)) in (19, 20)
     jsonl(
@@ -739,7 +704,7 @@ def test_hub_sets_by_their_splits(hub, capsys):
         *numbers(5, 40),
     )
     lines = problems(lambda: load_source(Source(**entry, split="test")))
-    assert lines[0].startswith("5 problem(s)") and "set/test, row 4: field `answer`" in lines[5]
+    assert len(lines) == 5 and "set/test, row 4: field `answer`" in lines[4]
 
 
 @pytest.mark.parametrize("domain", [None, "Words"])
