@@ -69,9 +69,9 @@ def test_readable_tables(name: str, content: str, rows: list[Any], tmp_path: Pat
 UNREADABLE: list[tuple[str, str | bytes, list[str]]] = [
     ("a.csv", "a,b\n1,2,\n3,4\n5,6,7,8\n", ["row 1: 3 fields; expected: 2", "row 3: 4 fields"]),
     ("a.csv", "id,q\n1,Which, if any?\n2\n", ["row 1: 3 fields", "row 2: 1 fields; expected: 2"]),
-    ("a.csv", "id,q, id\n1,2,3\n", ["['id', 'q', 'id']; expected: different names"]),
-    ("a.csv", "id;q\n1;2,5\n", ["['id;q']; expected: different names between commas"]),
-    ("a.csv", "id\tq\n1\t2\n", ["between commas"]),
+    ("a.csv", "id,q, id\n1,2,3\n", ["['id', 'q', 'id'] has a name twice"]),
+    ("a.csv", "id;q\n1;2,5\n", ["['id;q']", "semicolons or tabs"]),
+    ("a.csv", "id\tq\n1\t2\n", ["semicolons or tabs"]),
     ("a.csv", 'id,q\n1,"open\n2,b\n', ["a.csv, as a whole: unexpected end of data"]),
     ("a.csv", 'id,q\n1,"a"b\n', ["a.csv, as a whole"]),
     ("a.csv", "id,q\n1,a\n".encode("utf-16"), ["'utf-8' codec", "in UTF-8"]),
@@ -122,8 +122,8 @@ def test_rows_are_checked_together() -> None:
                                   "id", "seed")  # fmt: skip
     assert models == [Outcome(id="a"), Outcome(id="a", seed=1)]
     assert problems[0] == "row 2: field `id`: 'a' again; expected: once"
-    assert problems[1].startswith("row 3: field `id`: {'seed': -1}: Field required")
-    assert problems[2].endswith("than or equal to 0; expected: a number of at least 0")
+    assert problems[1].startswith("row 3: field `id`: {'seed': -1} (missing); expected: a text")
+    assert problems[2].endswith("-1 (greater_than_equal); expected: a number of at least 0")
 
 
 # ---- The hub

@@ -173,15 +173,16 @@ def test_all_bad_rows_are_told_together(tmp_path):
         {**GOOD, "id": "q7", "options": ["1", ["2"]]},
         {**GOOD, "id": "q8", "answer": "both"},
         {**GOOD, "id": "q9", "domain": ""},
-        {**GOOD, "id": " "},
+        {**GOOD, "id": ["q10"]},
         {**GOOD, "id": "q11", "domain": "Mean"},
+        {**GOOD, "id": "q12", "fact": {"a": 1}},
         {**GOOD, "id": "q13", "context": ["a", "b"]},
         {**GOOD, "id": "q14", "question": "\u200b"},
     )
     jsonl(tmp_path / "two.jsonl", GOOD)
     lines = problems(lambda: load_questions(tmp_path))
     fields = ["answer", "options", "options", "options", "question", "options", "answer", "domain"]
-    fields += ["id", "domain", "context", "question"]
+    fields += ["id", "domain", "fact", "context", "question"]
     for number, field in enumerate(fields, 2):
         assert f"one.jsonl, line {number}: field `{field}`: " in "\n".join(lines)
     assert all("; expected: " in line for line in lines)
@@ -194,7 +195,7 @@ def test_all_bad_rows_are_told_together(tmp_path):
         ("q.csv", "question,A,B,answer,domain\nWhich, if any?,a,b,B,law\n", "q.csv, row 1"),
         ("q.csv", "question,A,B,answer,domain\nWhich?,a,b,B,law,\n", "q.csv, row 1"),
         ("q.csv", "question,A,B,answer,domain\nWhich?,a,b\n", "q.csv, row 1"),
-        ("q.csv", "question,A,A,answer,domain\nWhich?,a,b,B,law\n", "different names"),
+        ("q.csv", "question,A,A,answer,domain\nWhich?,a,b,B,law\n", "twice"),
         ("q.jsonl", "{not json", "q.jsonl, line 1"),
         ("q.jsonl", '"a text"', "q.jsonl, line 1"),
         ("q.jsonl", "", "without rows"),
@@ -216,7 +217,7 @@ def test_26_options_and_a_byte_order_mark(tmp_path):
     file = jsonl(tmp_path / "q.jsonl", "\ufeff" + json.dumps(many))
     assert load_questions(file)[0].answer == "Z"
     jsonl(file, {**many, "options": [*many["options"], "more"]})
-    assert "at most 26" in problems(lambda: load_questions(file))[0]
+    assert "2 to 26 different" in problems(lambda: load_questions(file))[0]
 
 
 def test_missing_and_the_text_none_are_two_things(tmp_path):

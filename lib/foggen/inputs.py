@@ -54,10 +54,11 @@ def normalised(text: str, keep_case: bool = False) -> str:
     return " ".join(filter(None, re.split(f"[{INVISIBLE}]+", text)))
 
 
-def as_name(value: Any) -> str | None:
-    """A value as a name: 12, 12.0 and "12.0" are one; null, NaN and white space are none."""
-    missing = value is None or value != value
-    return None if missing else re.sub(r"\A(-?\d+)\.0+\Z", r"\1", str(value).strip()) or None
+def as_name(value: Any) -> Any:
+    """A scalar as a name: 12, 12.0 and "12.0" are one; null, NaN and white space are none."""
+    if value is None or isinstance(value, list | dict):  # no names, as types say that want one
+        return value
+    return None if value != value else re.sub(r"\A(-?\d+)\.0+\Z", r"\1", str(value).strip()) or None
 
 
 def listed(value: Any) -> Any:
@@ -88,7 +89,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
         lines = csv.reader(file, strict=True, skipinitialspace=True)
         header = [name.strip() for name in next(lines, [""])]
         if len({*header}) < len(header) or re.search("[;\t]", header[0]):
-            raise ValueError(f"the header is {header}; expected: different names between commas")
+            raise ValueError(f"{header} has a name twice, or semicolons or tabs for commas")
         for number, cells in enumerate(filter(None, lines), 1):
             row = {name: cell or None for name, cell in zip(header, cells, strict=False)}
             problem = f"{len(cells)} fields; expected: {len(header)} (quote those with commas)"
@@ -145,7 +146,7 @@ def file_tables(path: Path, open_ended: bool = False) -> dict[str, Table]:
 def check_rows(table: Table, kind: type[Model], *key: str) -> tuple[list[Model], list[str]]:
     """The rows as models of a kind, and what is wrong with the others; no `key` is there twice.
 
-    "mine.csv, row 3: field `answer`: 'both': String should match ...; expected: a letter"
+    "mine.csv, row 3: field `question`: ' ' (string_pattern_mismatch); expected: a nonempty text"
     """
     models: dict[tuple[Any, ...], Model] = {}
     problems: list[str] = []
@@ -156,7 +157,7 @@ def check_rows(table: Table, kind: type[Model], *key: str) -> tuple[list[Model],
             for problem in error.errors():
                 field = str(problem["loc"][0])
                 form = kind.model_fields[field].description or "a text"
-                wrong = f"{problem['input']!r:.60}: {problem['msg']}; expected: {form}"
+                wrong = f"{problem['input']!r:.60} ({problem['type']}); expected: {form}"
                 problems.append(f"{place}: field `{field}`: {wrong}")
             continue
         name = tuple(getattr(model, field) for field in key)
@@ -258,7 +259,7 @@ def read_options(row: Row, column: str | list[str]) -> tuple[list[Any], list[str
 
 def read_answer(answer: Any, options: list[Any], labels: list[str]) -> dict[str, str]:
     """The letter of the right option, by every way to read the answer: {"index1": "B", ...}."""
-    text = normalised(as_name(answer) or "", keep_case=True)
+    text = normalised(str(as_name(answer) or ""), keep_case=True)
     letter = re.sub(r"\A\(?(\w+)[.):].*", r"\1", text).casefold()  # `(B) not so` is b
     ways = {
         "letter": (letter, labels),

@@ -70,7 +70,7 @@ class Question(BaseModel, frozen=True, coerce_numbers_to_str=True, regex_engine=
     id: Name
     domain: Name = Field(pattern="^(?!mean$)", description="a name other than `mean`")
     question: Text
-    options: Options = Field(min_length=2, max_length=26, description="2 to 26 texts")
+    options: Options = Field(min_length=2, max_length=26, description="2 to 26 different texts")
     answer: str = Field(pattern="^[A-Z]$", description="the letter of the right option")
     fact: Fact = None
     difficulty: int | str | None = None
@@ -126,8 +126,8 @@ def shaped(name: str, table: Table, given: Columns, domain: str | None = None) -
         fields = {field: row.get(str(column)) for field, column in columns.items()}
         options, labels = inputs.read_options(row, columns["options"])
         readings.append(inputs.read_answer(fields["answer"], options, labels))
-        named = as_name(domain or fields["domain"])
-        fields |= {"options": options, "domain": named and re.sub("[ _-]+", "_", normalised(named))}
+        named = str(as_name(domain or fields["domain"]) or "")
+        fields |= {"options": options, "domain": re.sub("[ _-]+", "_", normalised(named)) or None}
         filled = {field: value for field, value in (row | fields).items() if value is not None}
         questions.append((place, {"id": f"{name}-{number}"} | filled))
     alone = [str(row.get("question")) for _, row in questions if "context" in row]
