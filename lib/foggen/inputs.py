@@ -283,7 +283,6 @@ def best_reading(readings: Sequence[Mapping[str, str]]) -> str | None:
 # ---- The hub
 
 MODEL_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]  # no pickles, no code
-HUB_ERRORS = (OSError, ValueError, httpx2.HTTPError, errors.RevisionResolutionError)
 
 
 @contextmanager
@@ -291,7 +290,7 @@ def explained(name: str, kind: str, revision: str | None = None) -> Iterator[Non
     """Turns what the hub's libraries raise inside the block into a HubError with the reason."""
     try:
         yield
-    except HUB_ERRORS as error:
+    except (OSError, ValueError, httpx2.HTTPError, errors.RevisionResolutionError) as error:
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())
         advice = "gated or private ones want `hf auth login`; downloads lie in HF_HOME"
         raise HubError(f"{kind} {name} ({revision or 'main'}): {reason} ({advice})") from error
