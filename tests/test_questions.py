@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 import yaml
 from pydantic import ValidationError
@@ -77,16 +76,6 @@ def problems(load: Callable[[], object]) -> list[str]:
 # ---- types and checks
 
 
-@pytest.mark.skipif(
-    not SHARED.is_dir(), reason="no question sets in ../shared beside this checkout"
-)
-def test_external_question_sets_load():
-    questions = load_questions(SHARED)
-    assert len(questions) == 1317 and {question.domain for question in questions} == set(DOMAINS)
-    tasks = Counter(question.task for question in load_open_questions(SHARED))
-    assert tasks == dict.fromkeys(("gsm8k", "squad", "truthfulqa"), 200)
-
-
 @pytest.mark.parametrize(
     ("text", "other"),
     [("4", "4 "), ("5", "5\u00a0"), ("é", "e\u0301"), ("x", "x\u200b"), ("x", "\u00adx")],
@@ -111,15 +100,6 @@ def test_numbers_are_names_in_all_formats(ending, tmp_path):
     assert [q.fact for q in questions] == ["12", "0", "3", "x", None, None, None]
     assert [q.fact_key for q in questions] == ["12", "0", "3", "x", "4", "5", "6"]
     assert {(q.domain, q.options) for q in questions} == {("7", ("1.5", "2"))}
-
-
-def test_a_column_of_numbers_with_gaps_names_facts_too(tmp_path):
-    """Pandas makes 12 a 12.0 beside a missing value."""
-    import pandas as pd
-
-    rows = [{**GOOD, "id": f"q{fact}", "fact": fact} for fact in (12, 0, None)]
-    pd.DataFrame(rows).to_parquet(tmp_path / "q.parquet")
-    assert [q.fact for q in load_questions(tmp_path / "q.parquet")] == ["12", "0", None]
 
 
 def test_facts_are_compared_normalised(tmp_path):
@@ -189,23 +169,6 @@ def test_all_bad_rows_are_told_together(tmp_path):
     assert lines[-1].startswith("two.jsonl, line 1: field `id`: 'q1' again")
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "told"),
-    [
-        ("q.csv", "question,A,B,answer,domain\nWhich, if any?,a,b,B,law\n", "q.csv, row 1"),
-        ("q.csv", "question,A,B,answer,domain\nWhich?,a,b,B,law,\n", "q.csv, row 1"),
-        ("q.csv", "question,A,B,answer,domain\nWhich?,a,b\n", "q.csv, row 1"),
-        ("q.csv", "question,A,A,answer,domain\nWhich?,a,b,B,law\n", "twice"),
-        ("q.jsonl", "{not json", "q.jsonl, line 1"),
-        ("q.jsonl", '"a text"', "q.jsonl, line 1"),
-        ("q.jsonl", "", "without rows"),
-    ],
-)
-def test_a_file_that_cannot_be_read_is_told_with_its_place(name, text, told, tmp_path):
-    (tmp_path / name).write_text(text)
-    assert told in problems(lambda: load_questions(tmp_path))[0]
-
-
 def test_no_questions_at_all(tmp_path):
     jsonl(tmp_path / "squad.jsonl", {"id": "s"})
     for path in (tmp_path / "nowhere", tmp_path):
@@ -237,12 +200,7 @@ def test_missing_and_the_text_none_are_two_things(tmp_path):
 
 COLOURS, NUMBERS = ["red", "green", "blue", "white"], ["two", "three", "four", "five"]
 TEXTS = [COLOURS, NUMBERS, ["iron", "lead", "tin", "zinc"], ["Mars", "Venus", "Pluto", "Saturn"]]
-WORDS = [
-    "Which colour is grass?",
-    "How many legs has a horse?",
-    "Which metal is Fe?",
-    "Whose rings?",
-]
+WORDS = ["Which colour is grass?", "How many legs has a horse?", "Which metal is Fe?", "Rings of?"]
 GOLD = [1, 2, 0, 3]
 ROWS = list(zip(WORDS, TEXTS, GOLD, strict=True))
 L = "ABCD"
@@ -262,21 +220,17 @@ def in_every_shape(question: str, o: list[str], gold: int) -> dict[str, dict[str
     }
     chat = [{"role": role, "content": content} for role, content in turns.items()]
     marked = [f"{a}){text}" for a, text in zip(L, o, strict=True)]
-    words = f"It is {o[gold]}."
     return {
         "letters": {**asked, "options": o, "answer": letter},
-        "small letters": {**asked, "options": o, "answer": letter.lower()},
         "letter and text": {**asked, "options": o, "answer": f"({letter}) {o[gold]}"},
         "index from 0": {**asked, "choices": o, "answer": gold},
         "index from 1": {**asked, "choices": o, "label": gold + 1},
         "index as text": {"Query": question, "choices": o, "answer_idx": str(gold)},
-        "index as float": {**asked, "choices": o, "answer": float(gold)},
         "text": {**asked, "options": o, "correct_answer": f" {o[gold]}\u00a0"},
         "mapping": {**asked, "options": in_columns(L, o), "answer": letter},
         "marks": {**asked, "options": marked, "correct": letter},
         "A to D": {**asked, **in_columns(L, o), "answer": letter},
         "a to e": {**asked, **in_columns("abcd", o), "e": None, "answer_label": letter},
-        "words": {**asked, "answer": words, **in_columns("abcd", o), "answer_label": letter},
         "Option A": {"Question": question, **in_columns(L, o, "Option "), "Answer Key": letter},
         "opa": {**asked, **in_columns("abcd", o, "op"), "cop": gold},
         "choice1": {**asked, **in_columns("1234", o, "choice"), "label": gold},
@@ -299,20 +253,13 @@ def test_every_usual_shape_is_the_same_questions(name, tmp_path):
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
 def test_csv_and_parquet_files(ending, tmp_path):
-    rows = [{**row, "Subject": "Kazakh-Culture"} for row in SHAPES["A to D"]]
+    rows = [{**row, "Subject": "Kazakh-C++"} for row in SHAPES["A to D"]]
     rows.append({**rows[0], "question": 'A "quoted", broken\nline?', "D": "None"})
     rows.append({**rows[0], "question": "Three?", "D": None})
     found = load_questions(table(tmp_path / f"set.{ending}", rows))
     assert [q.answer for q in found] == [*(L[gold] for gold in GOLD), "B", "B"]
     assert found[-2].question.endswith("broken\nline?") and found[-2].options[-1] == "None"
-    assert len(found[-1].options) == 3 and {q.domain for q in found} == {"kazakh_culture"}
-
-
-def test_domains_keep_their_signs(tmp_path):
-    names = ["C++", "C#", "Kazakh  culture", "R&D"]
-    rows = [{**GOOD, "id": name, "domain": name} for name in names]
-    found = load_questions(jsonl(tmp_path / "q.jsonl", *rows))
-    assert [q.domain for q in found] == ["c++", "c#", "kazakh_culture", "r&d"]
+    assert len(found[-1].options) == 3 and {q.domain for q in found} == {"kazakh_c++"}
 
 
 @pytest.mark.parametrize("column", ["context", "Passage", "article", "premise"])
@@ -457,12 +404,8 @@ def test_the_options_of_a_chat_are_the_last_list(tmp_path):
     (question,) = load_questions(file, Columns(messages="talk"), "x")
     assert question.options == ("I only", "II only") and question.answer == "B"
     assert question.question == "I. yes\nII. no\nA. Who asks?\n\nWhich?"
-
-
-def test_options_of_a_chat_that_are_not_in_turn_are_none(tmp_path):
-    user = "Which?\nA. both of\nI. one\nC. two\nB. none\nC. all"
-    chat = [{"role": "user", "content": user}, {"role": "assistant", "content": "C"}]
-    file = jsonl(tmp_path / "q.jsonl", {"messages": chat})
+    chat[0]["content"] = "Which?\nA. both of\nI. one\nC. two\nB. none\nC. all"
+    file = jsonl(tmp_path / "q.jsonl", {"messages": chat})  # its letters are not in turn
     assert "question: <column>" in str(problems(lambda: load_questions(file, domain="x")))
 
 
@@ -470,19 +413,11 @@ def test_options_of_a_chat_that_are_not_in_turn_are_none(tmp_path):
 
 
 def test_open_questions_take_the_data_sets_own_fields(tmp_path):
-    squad = {
-        "title": "T",
-        "question": "Who?",
-        "context": "Ann.",
-        "answers": {"text": ["Ann", "Ann"]},
-    }
+    squad = {"title": "T", "question": "Who?", "context": "Ann."}
+    squad |= {"answers": {"text": ["Ann", "Ann"]}}
     jsonl(tmp_path / "squad.jsonl", squad, {**squad, "id": 5, "fact": 7, "answers": ["Ann"]})
-    truth = {
-        "question": "?",
-        "best_answer": "b",
-        "correct_answers": ["a", "b", ""],
-        "incorrect_answers": ["c"],
-    }
+    truth = {"question": "?", "best_answer": "b", "correct_answers": ["a", "b", ""]}
+    truth |= {"incorrect_answers": ["c"]}
     jsonl(tmp_path / "truthfulqa.jsonl", truth, {**truth, "answers": ["x"], "id": None})
     gsm = {"question": "1+1?", "answer": "1+1=2\n#### 2"}
     jsonl(tmp_path / "gsm8k.jsonl", gsm, {**gsm, "answer": 2, "solution": "1+1=2"})
@@ -570,18 +505,13 @@ def test_a_file_is_divided_by_facts(tmp_path):
 
 def test_a_folder_with_splits_keeps_them(tmp_path):
     questions = [q.model_copy(update={"fact": None}) for q in make_questions(20, ("law",))]
-    for name, group in (
-        ("train", questions[:14]),
-        ("validation", questions[14:16]),
-        ("test", questions[16:]),
-    ):
+    files = {"train": questions[:14], "validation": questions[14:16], "test": questions[16:]}
+    for name, group in files.items():
         write(tmp_path / "set" / f"{name}.jsonl", group)
     settings = with_sources({"path": str(tmp_path / "set")})
-    assert splits(settings) == {
-        "train": questions[:14],
-        "dev": questions[14:16],
-        "test": questions[16:],
-    }
+    parts = splits(settings)
+    assert parts["dev"] == files["validation"] and parts == splits(settings)
+    assert (parts["train"], parts["test"]) == (files["train"], files["test"])
     (tmp_path / "set" / "validation.jsonl").unlink()
     assert sizes(splits(settings)) == [13, 1, 4], "dev is cut from train"
 
@@ -609,20 +539,12 @@ def test_a_test_question_in_training_is_left_out_of_it(tmp_path, capsys):
     """The same question in other letters and spaces, with shuffled options; and a shared fact."""
     one, two, three, four = (make_questions(7, ("law",))[index] for index in (0, 2, 4, 6))
     one = one.model_copy(update={"question": "Café or cafe?"})
-    twin = {
-        "id": "twin",
-        "fact": None,
-        "question": " CAFE\u0301\u00a0or cafe?",
-        "options": one.options[::-1],
-    }
+    twin = {"id": "twin", "fact": None, "question": " CAFE\u0301\u00a0or cafe?"}
+    twin |= {"options": one.options[::-1]}
     fact = two.model_copy(update={"id": "fact", "question": "In other words?"})
     files = {"train": [one.model_copy(update=twin), fact, three], "test": [one, two], "dev": [four]}
-    settings = with_sources(
-        *(
-            {"path": write(tmp_path / f"{use}-file.jsonl", group), "use": use}
-            for use, group in files.items()
-        )
-    )
+    paths = {use: write(tmp_path / f"{use}-file.jsonl", group) for use, group in files.items()}
+    settings = with_sources(*({"path": path, "use": use} for use, path in paths.items()))
     assert splits(settings) == {"train": [three], "dev": [four], "test": [one, two]}
     assert "2 questions left out of train" in capsys.readouterr().err
     mine = override(settings, {"data.questions": write(tmp_path / "d.jsonl", [three])})
@@ -650,6 +572,10 @@ def test_ids_are_unique_over_sources(tmp_path):
     not SHARED.is_dir(), reason="no question sets in ../shared beside this checkout"
 )
 def test_external_question_sets_are_a_source():
+    questions = load_questions(SHARED)
+    assert len(questions) == 1317 and {question.domain for question in questions} == set(DOMAINS)
+    tasks = Counter(question.task for question in load_open_questions(SHARED))
+    assert tasks == dict.fromkeys(("gsm8k", "squad", "truthfulqa"), 200)
     parts = splits(with_sources({"path": str(SHARED)}))
     assert 1300 < sum(sizes(parts)) <= 1317
     assert all({question.domain for question in parts[split]} == set(DOMAINS) for split in SPLITS)
@@ -675,14 +601,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def numbers(first: int, last: int) -> list[dict[str, Any]]:
-    return [
-        {
-            "question": f"Number {n}?",
-            "choices": [str(n + more) for more in range(4)],
-            "answer": n % 4,
-        }
-        for n in range(first, last)
-    ]
+    options = {n: [str(n + more) for more in range(4)] for n in range(first, last)}
+    return [{"question": f"Number {n}?", "choices": options[n], "answer": n % 4} for n in options]
 
 
 def test_hub_sets_by_their_splits(hub, capsys):
@@ -699,11 +619,8 @@ def test_hub_sets_by_their_splits(hub, capsys):
     assert "1 rows are left out: set/train, row 30: field `options`" in told
     divided = splits(with_sources({**entry, "split": "train", "use": "divide", "rows": 20}))
     assert sum(sizes(divided)) in (19, 20)
-    jsonl(
-        hub / "set" / "test.jsonl",
-        *({**row, "answer": -1} for row in numbers(0, 5)),
-        *numbers(5, 40),
-    )
+    unusable = ({**row, "answer": -1} for row in numbers(0, 5))
+    jsonl(hub / "set" / "test.jsonl", *unusable, *numbers(5, 40))
     lines = problems(lambda: load_source(Source(**entry, split="test")))
     assert len(lines) == 5 and "set/test, row 4: field `answer`" in lines[4]
 
@@ -729,18 +646,6 @@ def test_a_hub_set_with_a_configuration_per_domain(domain, hub):
     )
     domains = {q.domain for q in load_source(Source(path="some/other"))["test"]}
     assert domains == {"art", "c++"}, "a column `domain` says more than the configuration"
-
-
-def test_what_the_hub_says_is_told(monkeypatch):
-    from huggingface_hub.errors import HfHubHTTPError
-
-    def busy(*_: Any, **__: Any) -> str:
-        response = httpx2.Response(429, request=httpx2.Request("GET", "https://huggingface.co/x"))
-        raise HfHubHTTPError("429 Too Many Requests", response=response)
-
-    monkeypatch.setattr("foggen.inputs.snapshot_download", busy)
-    with pytest.raises(HubError, match=r"some/set.*429"):
-        load_source(Source(path="some/set"))
 
 
 def test_open_ended_sets_of_the_hub(hub):
