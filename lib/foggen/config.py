@@ -205,15 +205,6 @@ class Settings(Part):
     open_ended: OpenEnded
     automix: Automix
 
-    @pydantic.field_validator("domains")
-    @classmethod
-    def _become_files(cls, domains: list[str]) -> list[str]:
-        """Domains name files, and rows of tables that end with their `mean`."""
-        names = [re.sub(r"\W+", "_", domain.strip().casefold()) for domain in domains]
-        if len(set(names)) < len(names) or {"", "_", "mean"} & set(names):
-            raise ValueError("expected: nonempty names, not `mean`, that differ as file names")
-        return domains
-
     def only(self, *names: str) -> dict[str, Any]:
         """The named settings as plain values: what a stage depends on, for its key."""
         return self.model_dump(mode="json", include=set(names))

@@ -71,8 +71,8 @@ def listed(value: Any) -> Any:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
-    lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would split at U+2028
-    for number, line in enumerate(lines, 1):
+    # splitlines would split at U+2028 too
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if line.strip():
             try:
                 # Data frames write NaN for what is missing; JSON knows no such number

@@ -355,7 +355,6 @@ def open_splits(settings: Settings) -> dict[str, list[OpenQuestion]]:
         mixed = [random.Random(0).sample(table, len(table)) for table in tables]
         # TruthfulQA has one split: what is not evaluated is for training
         skip = count if len(mixed) == 1 else 0
-        parts = {"train": mixed[0][skip : skip + asked], "test": mixed[-1][:count]}
-        for split, rows in parts.items():
+        for split, rows in ("train", mixed[0][skip : skip + asked]), ("test", mixed[-1][:count]):
             chosen[split] += [(place, row | {"task": task}) for place, row in rows]
     return {split: _valid(table, OpenQuestion) for split, table in chosen.items()}
