@@ -10,7 +10,7 @@ import functools
 import hashlib
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,8 @@ from typing import Any, Literal
 import pydantic
 import yaml
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from foggen.store import ROOT
 
 PROFILES = Path(__file__).parent / "profiles"
 
@@ -33,15 +35,6 @@ class Part(pydantic.BaseModel):
     """A group of settings: immutable, and without names that it does not know."""
 
     model_config = {"extra": "forbid", "frozen": True, "allow_inf_nan": False}
-
-    @pydantic.field_validator("*", mode="before")
-    @classmethod
-    def _no_truth(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
-        """True would pass as 1: `rounds: yes` is a mistake."""
-        kinds = map(type, value if isinstance(value, list) else [value])
-        if bool in kinds and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError("expected: a number or a text, not true or false")
-        return value
 
 
 class Lora(Part):
@@ -212,15 +205,6 @@ class Settings(Part):
     open_ended: OpenEnded
     automix: Automix
 
-    @pydantic.field_validator("domains")
-    @classmethod
-    def _become_files(cls, domains: list[str]) -> list[str]:
-        """Domains name files, and rows of tables that end with their `mean`."""
-        names = [re.sub(r"\W+", "_", domain.strip().casefold()) for domain in domains]
-        if len(set(names)) < len(names) or {"", "_", "mean"} & set(names):
-            raise ValueError("expected: nonempty names, not `mean`, that differ as file names")
-        return domains
-
     def only(self, *names: str) -> dict[str, Any]:
         """The named settings as plain values: what a stage depends on, for its key."""
         return self.model_dump(mode="json", include=set(names))
@@ -236,7 +220,10 @@ def derive_seed(seed: int, *names: object) -> int:
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML whose mappings name nothing twice; without this check the last value wins silently."""
+    """YAML without aliases (a few nested ones fill the memory), that names nothing twice."""
+
+    def fetch_alias(self) -> None:
+        raise yaml.MarkedYAMLError(problem="aliases are not read", problem_mark=self.get_mark())
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         names = [key.value for key, _ in node.value]
@@ -247,12 +234,8 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 
 def _yaml(text: str) -> Any:
     try:
-        # A few nested aliases stand for more values than memory holds.
-        special = yaml.AnchorToken | yaml.AliasToken | yaml.TagToken
-        if any(isinstance(token, special) for token in yaml.scan(text)):
-            raise ValueError("anchors, aliases and tags are not read")
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise SettingsError(f"not readable as YAML: {error}") from None
 
 
@@ -261,14 +244,11 @@ def _read(profile: str | Path) -> dict[str, Any]:
     is_file = str(profile).endswith((".yaml", ".yml"))
     path = Path(profile) if is_file else PROFILES / f"{profile}.yaml"
     try:
-        values = _yaml(path.read_text(encoding="utf-8-sig"))
-        if not isinstance(values, dict):
-            raise SettingsError(f"{values!r:.80} names no parameters")
-    except (OSError, ValueError) as error:
+        return dict(_yaml(path.read_text(encoding="utf-8-sig")))
+    except (OSError, TypeError, ValueError) as error:
         known = ", ".join(sorted(file.stem for file in PROFILES.glob("*.yaml")))
         expected = f"expected: the path of a YAML file in UTF-8, or one of {known}"
         raise SettingsError(f"{error}; {expected}") from None
-    return values
 
 
 def load_profile(profile: str | Path, overrides: Mapping[str, object] | None = None) -> Settings:
@@ -279,14 +259,10 @@ def load_profile(profile: str | Path, overrides: Mapping[str, object] | None = N
     try:
         values = _read(profile)
         base = values.pop("base", None)
-        if not isinstance(base, str | None):
-            raise SettingsError(f"base: {base!r}; expected: the name or path of a profile")
-        settings = _validated(_read(base) if base else values)
-        if base:
-            settings = override(settings, parameters(values))
+        settings = override(load_profile(base), parameters(values)) if base else _validated(values)
+        return override(settings, overrides or {})
     except SettingsError as error:
         raise SettingsError(f"profile {profile}: {error}") from None
-    return override(settings, overrides or {})
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -309,27 +285,20 @@ def parameters(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         name = f"{prefix}{key}"
         whole = not isinstance(value, dict) or name.endswith(("options", "format_install"))
-        found = {name: value} if whole else parameters(value, f"{name}.")
-        if twice := found.keys() & flat:
-            raise SettingsError(f"{min(twice)} twice; expected: once")
-        flat |= found
+        flat |= {name: value} if whole else parameters(value, f"{name}.")
     return flat
 
 
 def override(settings: Settings, overrides: Mapping[str, object]) -> Settings:
     """The same settings with some parameters changed, by dotted name. Raises SettingsError."""
-    values, problems = settings.model_dump(), []
+    values = settings.model_dump()
     names = list(parameters(values))
     for name, value in overrides.items():
-        if name in names:
-            *groups, last = name.split(".")
-            functools.reduce(operator.getitem, groups, values)[last] = value
-        else:
-            close = [full for full in names if name in full] or get_close_matches(name, names)
-            expected = " or ".join(close or names)
-            problems.append(f"{name!r} is not a parameter; expected: {expected}")
-    if problems:
-        raise SettingsError("\n".join(problems))
+        if name not in names:
+            close = get_close_matches(name, names, cutoff=0.5) or names
+            raise SettingsError(f"{name!r} is not a parameter; expected: {' or '.join(close)}")
+        *groups, last = name.split(".")
+        functools.reduce(operator.getitem, groups, values)[last] = value
     return _validated(values)
 
 
@@ -338,3 +307,28 @@ def _validated(values: Mapping[str, Any]) -> Settings:
         return Settings.model_validate(values)
     except pydantic.ValidationError as error:
         raise SettingsError(re.sub(r"\n +For further information.*", "", str(error))) from None
+
+
+# ---- What is of the hub
+
+REVISION = dict(model="revision", labels_from="revision", path="revision", r15_model="r15_revision")
+
+
+def is_local(name: str) -> bool:
+    """Whether a name is a file or folder of this checkout or machine."""
+    return (ROOT / name).exists()
+
+
+def hub_entries(values: Any) -> Iterator[tuple[dict[str, Any], str, str]]:
+    """What a profile's values name of the hub: a group of settings, where its id and revision are.
+
+    ({"model": "Qwen/Qwen3-0.6B", "revision": None, ...}, "model", "revision")
+    """
+    for value in values.values() if isinstance(values, dict) else values:
+        if isinstance(value, dict | list):
+            yield from hub_entries(value)
+    if isinstance(values, dict) and values.get("engine") != "openai":
+        for name, revision in REVISION.items():
+            hub_id = values.get(name)
+            if isinstance(hub_id, str) and hub_id and revision in values and not is_local(hub_id):
+                yield values, name, revision

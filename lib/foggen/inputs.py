@@ -2,40 +2,110 @@
 
 Tables are read strictly. What a lenient reader would guess is an error here: a row that does not
 fit its header, a name that stands twice, a text in another encoding. Knows nothing of what the
-rows mean.
+rows mean, but for the names that public sets of questions give their columns.
 """
 
 from __future__ import annotations
 
 import csv
-import io
 import json
-import math
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
-from huggingface_hub import constants, errors, resolve_revision, snapshot_download
+import numpy as np
+from huggingface_hub import errors, resolve_revision, snapshot_download
+from pydantic import BaseModel, ValidationError
 
-from foggen.config import Settings, SettingsError, Source, parameters
+from foggen.config import Columns, Settings, SettingsError, Source, hub_entries, parameters
+from foggen.prompts import LETTERS, SYSTEM_OPEN, parse_response
 from foggen.store import ROOT
 
 Row = dict[str, Any]
 Table = list[tuple[str, Row]]  # rows with their places
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class TableError(ValueError):
-    """A table that cannot be read; the message has a line per bad place."""
+    """A table that cannot be used: a line per problem, with its place and the expected form."""
 
 
 class HubError(SettingsError):
     """A model or data set that the hub does not give; the message says why."""
 
 
+# ---- Texts
+
+INVISIBLE = "\\s\u00ad\u200b-\u200f\u2060-\u2064\ufeff"  # white space, joiners, marks of order
+
+
+def normalised(text: str, keep_case: bool = False) -> str:
+    """A text as it is compared with others: NFC, all that is invisible a blank, and without case.
+
+    Options keep their case, since `Rr` and `RR` are different genotypes.
+    """
+    text = unicodedata.normalize("NFC", text if keep_case else text.casefold())
+    return " ".join(filter(None, re.split(f"[{INVISIBLE}]+", text)))
+
+
+def as_name(value: Any) -> Any:
+    """A scalar as a name: 12, 12.0 and "12.0" are one; null, NaN and white space are none."""
+    if value is None or isinstance(value, list | dict):  # no names, as types say that want one
+        return value
+    return None if value != value else re.sub(r"\A(-?\d+)\.0+\Z", r"\1", str(value).strip()) or None
+
+
+def listed(value: Any) -> Any:
+    """A list or mapping that a cell of a CSV holds as JSON; all else as it is."""
+    is_json = isinstance(value, str) and value.startswith(('["', '{"'))
+    return json.loads(value) if is_json else value
+
+
 # ---- Tables
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
+    # splitlines would split at U+2028 too
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if line.strip():
+            try:
+                # Data frames write NaN for what is missing; JSON knows no such number
+                row = json.loads(line, parse_constant={"NaN": None}.get)
+            except ValueError as error:
+                row = error
+            problem = f"{row!s:.200}; expected: one JSON object"
+            yield f"line {number}", row if isinstance(row, dict) else problem
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
+    csv.field_size_limit(2**31 - 1)  # 131,072 characters by default
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        lines = csv.reader(file, strict=True, skipinitialspace=True)
+        header = [name.strip() for name in next(lines, [""])]
+        if len({*header}) < len(header) or re.search("[;\t]", header[0]):
+            raise ValueError(f"{header} has a name twice, or semicolons or tabs for commas")
+        for number, cells in enumerate(filter(None, lines), 1):
+            row = {name: cell or None for name, cell in zip(header, cells, strict=False)}
+            problem = f"{len(cells)} fields; expected: {len(header)} (quote those with commas)"
+            yield f"row {number}", row if len(cells) == len(header) else problem
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
+    from pyarrow import parquet
+
+    for number, row in enumerate(parquet.ParquetFile(path).read().to_pylist(), 1):
+        if "__index_level_0__" in row:  # a data frame's index that has no name
+            row.setdefault("id", row.pop("__index_level_0__"))
+        yield f"row {number}", row
+
+
+READERS = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
 
 
 def read_rows(path: str | Path) -> Table:
@@ -44,121 +114,175 @@ def read_rows(path: str | Path) -> Table:
         ("mine.csv, row 3", {"id": "q3", "domain": "law", "fact": None, "answer": "B"})
 
     A missing value is None: null, NaN, an empty field of a CSV. All other CSV values are texts, of
-    which blanks after the comma are no part. Raises TableError with every place that cannot be
-    read (the first 20 of many).
+    which blanks after the comma are no part. Raises TableError with every row that cannot be read.
     """
     path = Path(path)
-    readers = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-    if path.suffix.lower() not in readers:
-        raise TableError(f"{path}: expected: a .jsonl, .csv or .parquet file")
-    rows, problems = [], []
+    if path.suffix.lower() not in READERS:
+        raise TableError(f"{path}: expected: a {', '.join(READERS)} file")
     try:
-        for place, row in readers[path.suffix.lower()](path):
-            if isinstance(row, dict):
-                rows.append((f"{path.name}, {place}", plain(row)))
-            else:
-                problems.append(f"{path.name}, {place}: {row}")
-    except (OSError, ValueError, OverflowError, csv.Error) as error:
-        problems.append(f"{path.name}: {error}; expected: a whole {path.suffix} file in UTF-8")
-    if len(problems) > 20:
-        problems[20:] = [f"({len(problems)} problems in all)"]
-    if problems:
-        raise TableError("\n".join(problems))
-    return rows
+        rows = list(READERS[path.suffix.lower()](path))
+    except (OSError, ValueError, csv.Error) as error:
+        rows = [("as a whole", f"{error}; expected: a whole {path.suffix} file in UTF-8")]
+    refuse([f"{path.name}, {place}: {row}" for place, row in rows if isinstance(row, str)])
+    return [(f"{path.name}, {place}", row) for place, row in rows if isinstance(row, dict)]
 
 
-def plain(value: Any) -> Any:
-    """A value as JSON would have it: NaN is None, and the bytes of some Parquet writers are text.
+def file_tables(path: Path, open_ended: bool = False) -> dict[str, Table]:
+    """The tables of a file, or of the files of a folder, by their stems.
 
-    Raises ValueError for bytes that are no UTF-8.
+    The files of a folder are those called as the open-ended tasks, or else all others. Raises
+    TableError for rows that cannot be read, and where there are none.
     """
-    if isinstance(value, dict):
-        return {name: plain(entry) for name, entry in value.items()}
-    if isinstance(value, list):
-        return [plain(entry) for entry in value]
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    return value.decode() if isinstance(value, bytes) else value
+    found = [file for file in sorted(path.glob("*.*")) if file.suffix.lower() in READERS]
+    files = [file for file in found if (file.stem in SYSTEM_OPEN) == open_ended]
+    tables: dict[str, Table] = {}
+    for file in [path] if path.is_file() else files:
+        tables[file.stem] = tables.get(file.stem, []) + read_rows(file)
+    if not tables or not all(tables.values()):
+        raise TableError(f"{path}: no {', '.join(READERS)} file in it, or one without rows")
+    return tables
 
 
-def _text(path: Path) -> str:
-    text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
-    if "\0" in text:
-        raise ValueError("it holds zero bytes, as binary and UTF-16 files do")
-    return text
+def check_rows(table: Table, kind: type[Model], *key: str) -> tuple[list[Model], list[str]]:
+    """The rows as models of a kind, and what is wrong with the others; no `key` is there twice.
+
+    "mine.csv, row 3: field `question`: ' ' (string_pattern_mismatch); expected: a nonempty text"
+    """
+    models: dict[tuple[Any, ...], Model] = {}
+    problems: list[str] = []
+    for place, row in table:
+        try:
+            model = kind.model_validate(row)
+        except ValidationError as error:
+            for problem in error.errors():
+                field = str(problem["loc"][0])
+                form = kind.model_fields[field].description or "a text"
+                wrong = f"{problem['input']!r:.60} ({problem['type']}); expected: {form}"
+                problems.append(f"{place}: field `{field}`: {wrong}")
+            continue
+        name = tuple(getattr(model, field) for field in key)
+        if models.setdefault(name, model) is not model:
+            problems.append(f"{place}: field `{key[0]}`: {name[0]!r} again; expected: once")
+    return list(models.values()), problems
 
 
-def _unique(pairs: Sequence[tuple[str, Any]]) -> Row:
-    """A mapping of its pairs; dict() alone would silently keep the last of two equal names."""
-    counts = Counter(name for name, _ in pairs)
-    if twice := [name for name, count in counts.items() if count > 1]:
-        raise ValueError(f"the name {twice[0]!r} stands there twice")
-    return dict(pairs)
+def refuse(problems: Sequence[str]) -> None:
+    """Raises TableError with the problems (the first 20 of many), if there are any."""
+    more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
+    if problems:
+        raise TableError("\n".join([*problems[:20], *more]))
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
-    for number, line in enumerate(_text(path).split("\n"), 1):  # splitlines would split at U+2028
-        if line.strip():
-            try:
-                row = json.loads(line, object_pairs_hook=_unique)
-                json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
-            except (ValueError, RecursionError) as error:
-                row = getattr(error, "msg", error)
-            problem = f"{row!s:.200}; expected: one JSON object per line"
-            yield f"line {number}", row if isinstance(row, dict) else problem
+# ---- Columns of public sets of questions
+
+# Their names in lower case without blanks, the more telling first
+USUAL = {
+    "question": ("question", "query", "problem", "prompt"),
+    "context": ("context", "passage", "article", "premise"),
+    "options": ("options", "choices"),
+    "answer": ("answerkey", "answerlabel", "answeridx", "cop", "correctoption", "answer",
+               "correctanswer", "correct", "label", "target"),
+    "domain": ("domain", "category", "subject", "topic"),
+    "fact": ("fact",),
+    "id": ("id", "questionid"),
+}  # fmt: skip
+OPTION_HEADS = ("", "op", "option", "choice")
+OPTION_MARKS = (LETTERS.lower(), range(100), range(1, 100))
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
-    csv.field_size_limit(2**31 - 1)  # 131,072 characters by default
-    lines = csv.reader(io.StringIO(_text(path), newline=""), strict=True, skipinitialspace=True)
-    header = [name.strip() for name in next(lines, [])]
-    _unique([(name, None) for name in header])
-    if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
-        raise ValueError("its fields are separated by semicolons or tabs; expected: by commas")
-    for number, cells in enumerate(filter(None, lines), 1):
-        row = {name: cell or None for name, cell in zip(header, cells, strict=False)}
-        expected = f"{len(header)}, as in the header (those with commas in double quotes)"
-        problem = f"{len(cells)} fields; expected: {expected}"
-        yield f"row {number}", row if len(cells) == len(header) else problem
+def find_columns(table: Table, given: Columns) -> dict[str, Any]:
+    """The column of every field: as given, else by its usual name, else None.
+
+    The options may have a column each: {"question": "Query", "options": ["A", "B", "C"], ...}.
+    Raises TableError, with the lines to write into the profile, where one cannot be told.
+    """
+    names = {column for _, row in table for column in row}
+    known = {re.sub("[ _]", "", name.casefold()): name for name in sorted(names)}
+    columns: dict[str, Any] = {}
+    for field, usual in USUAL.items():
+        columns[field] = next((known[name] for name in usual if name in known), None)
+    columns["options"] = columns["options"] or _option_columns(known)
+    named = given.model_dump(exclude={"answer_is", "messages"}, exclude_none=True)
+    columns |= named
+    needed = ("question", "options", "answer", *named)
+    missing = [name for name in needed if not names.issuperset(np.atleast_1d(columns[name]))]
+    if missing:
+        lines = "".join(f"\n      {field}: <column>" for field in missing)
+        advice = f"rename columns, or write into an entry of data.sources:\n    columns:{lines}"
+        raise TableError(f"unknown columns in {table[:1]!s:.500}\n{advice}")
+    return columns
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
-    from pyarrow import parquet
+def _option_columns(known: Mapping[str, str]) -> list[str] | None:
+    """Columns named A, B, C, or opa, opb, or option_1, option_2; None where one is missing."""
+    for head, marks in product(OPTION_HEADS, OPTION_MARKS):
+        present = [f"{head}{mark}" in known for mark in marks]
+        count = sum(present)
+        if count > 1 and all(present[:count]):
+            return [known[f"{head}{mark}"] for mark in marks[:count]]
+    return None
 
-    table = parquet.ParquetFile(path).read()
-    names = table.column_names
-    if "id" not in names:  # a data frame's index that has no name
-        names = ["id" if name == "__index_level_0__" else name for name in names]
-    _unique([(name, None) for name in names])
-    for number, row in enumerate(table.rename_columns(names).to_pylist(), 1):
-        yield f"row {number}", row
+
+def read_chat(row: Row, column: str | None) -> Row:
+    r"""Question, options and answer of a chat such as
+
+    user: `Why?\nA. so\nB. not so`, assistant: `Confidence: 0.5\nFinal answer: B`
+    """
+    chat = {turn["role"]: turn["content"] for turn in row.get(column or "messages") or []}
+    # The options begin with the last line of an A, and end with a blank line.
+    form = r"(?sm)(.*)^[ \t]*\(?A[.):][ \t]+(.*?)(?:\n[ \t]*\n|\Z)"
+    if not (parts := re.match(form, chat.get("user", ""))):
+        return {}
+    first, *rest = re.split(r"\n[ \t]*\(?([B-Z])[.):][ \t]+", parts[2].strip())
+    letters = "A" + "".join(rest[::2])
+    options = dict(zip(letters, [first, *rest[1::2]], strict=True))
+    answer = parse_response(chat["assistant"]).answer or chat["assistant"]
+    fields = {"question": parts[1].strip(), "options": options, "answer": answer}
+    return fields if LETTERS.startswith(letters) else {}
+
+
+def read_options(row: Row, column: str | list[str]) -> tuple[list[Any], list[str]]:
+    """Options of any usual form as a list, and the labels by which an answer may name them."""
+    value = [*map(row.get, column)] if isinstance(column, list) else listed(row.get(column))
+    labels: Sequence[Any] = LETTERS
+    if isinstance(value, Mapping):
+        labels, value = value.get("label", [*value]), value.get("text", [*value.values()])
+    options = list(value) if isinstance(value, list) else [value]
+    while options and options[-1] in (None, ""):  # fewer than other rows have
+        options.pop()
+    # `A)` and `(A)` are marks; the A. of `A. Smith` is none
+    pairs = zip(LETTERS, map(str, options), strict=False)
+    if all(re.match(rf"\(?{letter}\)\s*\S", text) for letter, text in pairs):
+        options = [text.partition(")")[2].lstrip() for text in options]
+    return options, [str(label).casefold() for label in labels[: len(options)]]
+
+
+def read_answer(answer: Any, options: list[Any], labels: list[str]) -> dict[str, str]:
+    """The letter of the right option, by every way to read the answer: {"index1": "B", ...}."""
+    text = normalised(str(as_name(answer) or ""), keep_case=True)
+    letter = re.sub(r"\A\(?(\w+)[.):].*", r"\1", text).casefold()  # `(B) not so` is b
+    ways = {
+        "letter": (letter, labels),
+        "text": (text, [normalised(str(option), keep_case=True) for option in options]),
+        "index0": (text, [str(place) for place in range(len(options))]),
+        "index1": (text, [str(place + 1) for place in range(len(options))]),
+    }
+    known = [(how, names.index(name)) for how, (name, names) in ways.items() if name in names[:26]]
+    return {how: LETTERS[place] for how, place in known}
+
+
+def best_reading(readings: Sequence[Mapping[str, str]]) -> str | None:
+    """The way that reads most answers; None where two do and disagree, or none reads half."""
+    counts = Counter(how for letters in readings for how in letters)
+    most = max(counts.values(), default=0)
+    best = [how for how, count in counts.items() if count == most]
+    agree = all(len({letters.get(how) for how in best}) < 2 for letters in readings)
+    return best[0] if best and agree and 2 * most >= len(readings) else None
 
 
 # ---- The hub
 
-DATA_FILES = ["*.md", "*.json", "*.jsonl", "*.csv", "*.tsv", "*.parquet", "*.txt", "*.gz", "*.zip"]
 MODEL_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]  # no pickles, no code
-REVISIONS = dict(
-    model="revision", labels_from="revision", path="revision", r15_model="r15_revision"
-)
-HUB_ERRORS = (OSError, httpx2.HTTPError, errors.RevisionResolutionError, errors.HFValidationError)
-TELLING = (  # what says why, of the errors that others are raised from
-    errors.HfHubHTTPError,
-    errors.OfflineModeIsEnabled,
-    errors.HFValidationError,
-)
-
-
-def is_local(name: str) -> bool:
-    """Whether a name is a file or folder of this checkout or machine."""
-    return (ROOT / name).exists()
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those that it was raised from: libraries wrap the hub's own."""
-    while error:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 @contextmanager
@@ -166,12 +290,9 @@ def explained(name: str, kind: str, revision: str | None = None) -> Iterator[Non
     """Turns what the hub's libraries raise inside the block into a HubError with the reason."""
     try:
         yield
-    except HUB_ERRORS as error:
-        page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
-        causes = list(_causes(error))
-        telling = [cause for cause in causes if isinstance(cause, TELLING)]
-        reason = " ".join(str([*telling, causes[-1]][0]).split())
-        advice = f"see {page}; gated or private ones want `hf auth login`; downloads lie in HF_HOME"
+    except (OSError, ValueError, httpx2.HTTPError, errors.RevisionResolutionError) as error:
+        reason = " ".join(f"{error} {error.__cause__ or ''}".split())
+        advice = "gated or private ones want `hf auth login`; downloads lie in HF_HOME"
         raise HubError(f"{kind} {name} ({revision or 'main'}): {reason} ({advice})") from error
 
 
@@ -193,15 +314,12 @@ def hub_tables(source: Source) -> dict[str, Table]:
     is then the name of its configuration, unless it has a column `domain`. Raises HubError where
     the hub does not give the set, or it cannot be read.
     """
-    from datasets import exceptions, get_dataset_config_names, load_dataset
+    from datasets import get_dataset_config_names, load_dataset
 
-    # `datasets` alone takes any cached revision where the hub cannot be reached.
-    with explained(source.path, "dataset", source.revision):
-        folder = snapshot_download(
-            source.path, repo_type="dataset", revision=source.revision, allow_patterns=DATA_FILES
-        )
     tables: dict[str, Table] = {}
-    try:
+    with explained(source.path, "dataset", source.revision):
+        # `datasets` alone takes any cached revision where the hub cannot be reached.
+        folder = snapshot_download(source.path, repo_type="dataset", revision=source.revision)
         known = get_dataset_config_names(folder)
         several = not source.name and len(known) > 1 and "default" not in known
         for config in known if several else [source.name]:
@@ -210,27 +328,10 @@ def hub_tables(source: Source) -> dict[str, Table]:
                 place = "/".join(filter(None, (source.path.split("/")[-1], config, split)))
                 domain = {"domain": config} if several else {}
                 tables.setdefault(str(split), []).extend(
-                    (f"{place}, row {number}", domain | plain(row) | {"id": f"{place}-{number}"})
+                    (f"{place}, row {number}", domain | row | {"id": f"{place}-{number}"})
                     for number, row in enumerate(rows.to_list())
                 )
-    except (ValueError, exceptions.DatasetsError) as error:
-        raise HubError(f"data set {source.path}: {error}") from error
     return tables
-
-
-def hub_entries(values: Any) -> Iterator[tuple[dict[str, Any], str, str]]:
-    """What a profile's values name of the hub: a group of settings, where its id and revision are.
-
-    ({"model": "Qwen/Qwen3-0.6B", "revision": None, ...}, "model", "revision")
-    """
-    for value in values.values() if isinstance(values, dict) else values:
-        if isinstance(value, dict | list):
-            yield from hub_entries(value)
-    if isinstance(values, dict) and values.get("engine") != "openai":
-        for name, revision in REVISIONS.items():
-            hub_id = values.get(name)
-            if isinstance(hub_id, str) and hub_id and revision in values and not is_local(hub_id):
-                yield values, name, revision
 
 
 def pin(settings: Settings, before: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -244,7 +345,6 @@ def pin(settings: Settings, before: Mapping[str, Any] | None = None) -> dict[str
         if not group[revision]:
             hub_id, kind = group[name], "dataset" if name == "path" else "model"
             with explained(hub_id, kind):
-                group[revision] = (
-                    known.get(hub_id) or resolve_revision(hub_id, repo_type=kind).resolved
-                )
+                newest = known.get(hub_id) or resolve_revision(hub_id, repo_type=kind).resolved
+                group[revision] = newest
     return {name: value for name, value in parameters(values).items() if value != open_values[name]}

@@ -19,14 +19,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
-from foggen import sources
-from foggen.config import Columns, Settings, Source
-from foggen.inputs import Table, hub_tables, is_local
-from foggen.prompts import LETTERS, SYSTEM_OPEN
-from foggen.sources import INVISIBLE, Kind, listed, normalised
-from foggen.sources import QuestionError as QuestionError
+from foggen import inputs
+from foggen.config import Columns, Settings, Source, is_local
+from foggen.inputs import INVISIBLE, Model, Row, Table, TableError, normalised
+from foggen.inputs import as_name as as_name
+from foggen.prompts import SYSTEM_OPEN
 from foggen.store import ROOT, digest, progress
 
 DOMAINS = ("finance", "science", "coding", "law", "math", "kazakh_culture", "medical")  # rotation
@@ -36,28 +35,25 @@ TASKS = tuple(SYSTEM_OPEN)  # a file with the name of a task holds open-ended qu
 # Types
 
 
-def as_name(value: Any) -> Any:
-    """A scalar as a name: 12, 12.0 and "12.0" are one; null, NaN and white space are none."""
-    if value is None or value != value or isinstance(value, list | dict):
-        return None if value != value else value
-    value = int(value) if isinstance(value, float) and value.is_integer() else value
-    return re.sub(r"\A(-?\d+)\.0+\Z", r"\1", str(value).strip()) or None
-
-
-def _texts(value: Any) -> list[Any]:
+def _texts(value: Any) -> list[str]:
     """Texts without repeats: of a list, of SQuAD's `{"text": [...]}`, or of one text alone."""
-    value = listed(value)
-    if isinstance(value, Mapping):
-        value = value.get("text")
+    value = inputs.listed(value)
+    value = value.get("text") if isinstance(value, Mapping) else value
     texts = value if isinstance(value, list | tuple) else [value]
-    given = [text for text in texts if text not in (None, "")]
-    return [text for place, text in enumerate(given) if text not in given[:place]]
+    return list(dict.fromkeys(str(text) for text in texts if text not in (None, "")))
+
+
+def _different(options: tuple[str, ...]) -> tuple[str, ...]:
+    if len({normalised(option, keep_case=True) for option in options}) < len(options):
+        raise ValueError("two are the same")
+    return options
 
 
 Text = Annotated[str, Field(pattern=f"[^{INVISIBLE}]", description="a nonempty text")]
 Texts = Annotated[tuple[Text, ...], BeforeValidator(_texts)]
-Name = Annotated[Text, BeforeValidator(as_name)]
-Fact = Annotated[str | None, BeforeValidator(as_name), Field(description="a text or a number")]
+Options = Annotated[tuple[Text, ...], AfterValidator(_different)]
+Name = Annotated[str, BeforeValidator(as_name)]
+Fact = Annotated[str | None, BeforeValidator(as_name)]
 
 
 def _fact_key(question: Question | OpenQuestion) -> str:
@@ -68,35 +64,23 @@ def _fact_key(question: Question | OpenQuestion) -> str:
     return digest(passage)[:12] if passage else question.id
 
 
-class Question(BaseModel, frozen=True, extra="ignore", coerce_numbers_to_str=True):
+class Question(BaseModel, frozen=True, coerce_numbers_to_str=True, regex_engine="python-re"):
     """A multiple-choice question; no two of its options are the same text but for white space."""
 
     id: Name
-    domain: Name
+    domain: Name = Field(pattern="^(?!mean$)", description="a name other than `mean`")
     question: Text
-    options: tuple[Text, ...] = Field(min_length=2, max_length=26, description="2 to 26 texts")
-    answer: str = Field(description="the letter of the right option")
+    options: Options = Field(min_length=2, max_length=26, description="2 to 26 different texts")
+    answer: str = Field(pattern="^[A-Z]$", description="the letter of the right option")
     fact: Fact = None
-    difficulty: int | None = None
+    difficulty: int | str | None = None
     lang: str = "en"
     split: str | None = None
     context: str = ""
     fact_key = property(_fact_key)
 
-    @model_validator(mode="after")
-    def _checked(self) -> Question:
-        letters = LETTERS[: len(self.options)]
-        texts = {normalised(option, keep_case=True) for option in self.options}
-        if len(texts) < len(letters):
-            raise ValueError("field `options`: two are the same; expected: different texts")
-        if len(self.answer) != 1 or self.answer not in letters:
-            raise ValueError(f"field `answer`: {self.answer!r}; expected: a letter of {letters}")
-        if self.domain == "mean":
-            raise ValueError("field `domain`: `mean` stands for averages; expected: another name")
-        return self
 
-
-class OpenQuestion(BaseModel, frozen=True, extra="ignore", coerce_numbers_to_str=True):
+class OpenQuestion(BaseModel, frozen=True, coerce_numbers_to_str=True):
     """A question with a free answer: all right ones, and (TruthfulQA) known wrong ones."""
 
     id: Name
@@ -112,17 +96,59 @@ class OpenQuestion(BaseModel, frozen=True, extra="ignore", coerce_numbers_to_str
 
     @model_validator(mode="before")
     @classmethod
-    def _public_fields(cls, row: dict[str, Any]) -> dict[str, Any]:
+    def _public_fields(cls, row: Row) -> Row:
         """The fields of SQuAD, TruthfulQA and GSM8K are read too."""
-        answer = row.get("answer")
-        fields = {"answers": answer, "fact": row.get("title")}
+        fields = {"answers": row.get("answer"), "fact": row.get("title")}
         if "correct_answers" in row:
             fields["answers"] = [row.get("best_answer"), *_texts(row["correct_answers"])]
             fields["incorrect"] = row.get("incorrect_answers")
-        if "####" in str(answer):
-            solution, _, number = str(answer).rpartition("####")
-            fields |= {"solution": solution.strip(), "answers": number.strip()}
+        if "####" in str(row.get("answer")):
+            fields["solution"], fields["answers"] = map(str.strip, row["answer"].rsplit("####", 1))
         return fields | row
+
+
+# ---------------------------------------------------------------------------------------------
+# Rows of any usual shape as questions
+
+
+def shaped(name: str, table: Table, given: Columns, domain: str | None = None) -> Table:
+    """A table of any usual shape with the fields of a Question; validation tells what a row lacks.
+
+    `name` begins the ids of rows without one; `domain` stands for all rows. The answer becomes a
+    letter; a position counts from 1 only where the rows prove it. Raises TableError, with the
+    lines to write into the profile, where columns or answers cannot be told.
+    """
+    table = [(place, inputs.read_chat(row, given.messages) | row) for place, row in table]
+    columns = inputs.find_columns(table, given)
+    questions: Table = []
+    readings = []
+    for number, (place, row) in enumerate(table):
+        fields = {field: row.get(str(column)) for field, column in columns.items()}
+        options, labels = inputs.read_options(row, columns["options"])
+        readings.append(inputs.read_answer(fields["answer"], options, labels))
+        named = str(as_name(domain or fields["domain"]) or "")
+        fields |= {"options": options, "domain": re.sub("[ _-]+", "_", normalised(named)) or None}
+        filled = {field: value for field, value in (row | fields).items() if value is not None}
+        questions.append((place, {"id": f"{name}-{number}"} | filled))
+    alone = [str(row.get("question")) for _, row in questions if "context" in row]
+    if not given.question and any(re.fullmatch("[A-Za-z]+", word) for word in alone):
+        raise TableError(f"{name}: questions of one word; name their column: `question: <column>`")
+    how = given.answer_is or inputs.best_reading(readings)
+    if not how:
+        raise TableError(f"{name}: unclear answers; say answer_is: letter, text, index0 or index1")
+    for (_, row), letters in zip(questions, readings, strict=True):
+        row["answer"] = letters.get(how, f"{row.get('answer')} (read as {how})")
+    return questions
+
+
+def _valid(table: Table, kind: type[Model], unusable: float = 0) -> list[Model]:
+    """The rows as questions, without a share that may be unusable. Raises TableError."""
+    questions, problems = inputs.check_rows(table, kind, "id")
+    if len(problems) > unusable * len(table):
+        inputs.refuse(problems)
+    if problems:
+        progress(f"  {len(problems)} rows are left out: {problems[0]} ...")
+    return questions
 
 
 def load_questions(
@@ -131,33 +157,26 @@ def load_questions(
     """Multiple-choice questions of a JSONL, CSV or Parquet file, or of a folder of such files.
 
     A row has question, options and answer in any usual shape, or as `columns` say, and a domain,
-    unless `domain` is that of all. Raises QuestionError with all bad rows, or with the columns
+    unless `domain` is that of all. Raises TableError with all bad rows, or with the columns
     that cannot be told.
     """
     table: Table = []
-    for stem, rows in sources.file_tables(path).items():
-        table += sources.shaped(stem, rows, columns or Columns(), domain)
-    return _all(table, Question, path)
+    for stem, rows in inputs.file_tables(path).items():
+        table += shaped(stem, rows, columns or Columns(), domain)
+    return _valid(table, Question)
 
 
 def load_open_questions(path: Path) -> list[OpenQuestion]:
     """Open-ended questions of a file, or of a folder's squad, truthfulqa and gsm8k files.
 
-    A row's task is its field `task`, or else its file's name. Raises QuestionError with all bad
-    rows.
+    A row's task is its field `task`, or else its file's name. Raises TableError with all bad rows.
     """
     table: Table = []
-    for stem, rows in sources.file_tables(path, open_ended=True).items():
+    for stem, rows in inputs.file_tables(path, open_ended=True).items():
         for number, (place, row) in enumerate(rows):
             filled = {field: value for field, value in row.items() if value is not None}
             table.append((place, {"task": stem, "id": f"{stem}-{number}"} | filled))
-    return _all(table, OpenQuestion, path)
-
-
-def _all(table: Table, kind: type[Kind], source: object) -> list[Kind]:
-    questions, problems = sources.check_rows(table, kind)
-    sources.refuse(problems if questions or problems else [f"{source}: no rows"])
-    return questions
+    return _valid(table, OpenQuestion)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -222,9 +241,7 @@ def split_by_fact(pool: Questions, shares: Mapping[str, float], seed: int) -> Pa
 # The splits of a run. Their seeds are fixed, so that runs with other seeds share them.
 
 SHARES = {"train": 0.6, "dev": 0.1, "test": 0.3}  # of a data set without a test split
-DEV_NAMES = ("dev", "validation", "valid", "val")
-ROLES = {"train": "train", "test": "test"} | dict.fromkeys(DEV_NAMES, "dev")
-UNUSABLE = 0.1  # the share of a hub set's rows that may be unusable, and are left out
+ROLES = dict(train="train", dev="dev", validation="dev", valid="dev", val="dev", test="test")
 
 
 def splits(settings: Settings) -> Parts:
@@ -234,10 +251,12 @@ def splits(settings: Settings) -> Parts:
     in test stands in neither of the others, what is in dev not in train.
     """
     data = settings.data
-    if data.sources:
-        parts = _from_sources(data.sources)
-    else:
-        parts = {split: load_questions(ROOT / data.bank / f"{split}.jsonl") for split in SHARES}
+    parts: Parts = {split: [] for split in SHARES}
+    for source in data.sources or [Source(path=data.bank)]:
+        for split, group in _roles(source.use, load_source(source)).items():
+            parts[split] += group
+    counts = Counter(question.id for group in parts.values() for question in group)
+    inputs.refuse([f"{name!r} is the id of {n} questions" for name, n in counts.items() if n > 1])
     if data.questions:
         parts["test"] = load_questions(ROOT / data.questions)
     return _held_out(parts)
@@ -262,32 +281,20 @@ def _text(question: Question) -> str:
     return digest([normalised(question.context), normalised(question.question), options])
 
 
-def _from_sources(entries: Sequence[Source]) -> Parts:
-    parts: Parts = {split: [] for split in SHARES}
-    for source in entries:
-        for split, group in _roles(source.use, load_source(source)).items():
-            parts[split] += group
-    counts = Counter(question.id for group in parts.values() for question in group)
-    twice = [name for name, count in counts.items() if count > 1]
-    sources.refuse([f"data.sources: {name!r} is the id of two questions" for name in twice])
-    return parts
-
-
 def _roles(use: str | None, groups: Parts) -> Parts:
     """The questions of one source as train, dev and test."""
     together = [question for group in groups.values() for question in group]
     if use in SHARES:
         return {use: together}
     parts: Parts = {}
-    # A file of a split may be called as the hub calls its own: train-00000-of-00002
-    roles = {name: ROLES.get(re.split("[^a-z]", name.lower())[0]) for name in groups}
-    for name, role in roles.items():
-        parts.setdefault(role or "", []).extend(groups[name])
+    for name, group in groups.items():
+        # A file of a split may be called as the hub calls its own: train-00000-of-00002
+        role = ROLES.get(re.split("[^a-z]", name.lower())[0], "unused")
+        parts.setdefault(role, []).extend(group)
     if use == "divide" or "test" not in parts:
         return split_by_fact(together, SHARES, seed=0)
-    if unused := [name for name, role in roles.items() if not role]:
-        progress(f"  not used, since others are named as splits: {', '.join(unused)}")
-        del parts[""]
+    if unused := parts.pop("unused", []):
+        progress(f"  {len(unused)} questions of other splits than train, dev and test: not used")
     if "train" in parts and "dev" not in parts:
         parts |= split_by_fact(parts["train"], {"train": 0.9, "dev": 0.1}, seed=0)
     return parts
@@ -296,32 +303,32 @@ def _roles(use: str | None, groups: Parts) -> Parts:
 def load_source(source: Source) -> Parts:
     """The questions of one source, by the names of its splits (a local one: of its files).
 
-    Raises QuestionError for columns that cannot be told and for unusable rows: of a file any, of
+    Raises TableError for columns that cannot be told and for unusable rows: of a file any, of
     a hub set more than a tenth (fewer are left out, and counted on stderr); HubError where the
     hub does not give the set.
     """
+    # A reader can mend files, but no hub set: a few of its rows are left out
     local = is_local(source.path)
-    tables = sources.file_tables(ROOT / source.path) if local else hub_tables(source)
+    tables = inputs.file_tables(ROOT / source.path) if local else inputs.hub_tables(source)
     groups: Parts = {}
     for name, table in tables.items():
-        sources.refuse([] if table else [f"{source.path}, {name}: no rows"])
         if source.rows and source.rows < len(table):
             table = random.Random(0).sample(table, source.rows)
-        rows = sources.shaped(name, table, source.columns, source.domain)
-        groups[name], problems = sources.check_rows(rows, Question)
-        if local or len(problems) > UNUSABLE * len(table):
-            sources.refuse(problems)
-        if problems:
-            progress(f"  {len(problems)} rows of {source.path} are left out: {problems[0]} ...")
+        rows = shaped(name, table, source.columns, source.domain)
+        groups[name] = _valid(rows, Question, unusable=0 if local else 0.1)
     return groups
 
 
 # ---------------------------------------------------------------------------------------------
 # Open-ended splits
 
-# TruthfulQA has one split: its questions beyond the evaluated ones are the training pool.
-OPEN_TRAIN = {"squad": "train", "truthfulqa": "validation", "gsm8k": "train"}
-OPEN_TEST = {"squad": "validation", "truthfulqa": "validation", "gsm8k": "test"}
+OPEN_SETS = {  # revisions are pinned, so that later edits of a set cannot change a result
+    "squad": Source(path="rajpurkar/squad", revision="7b6d24c440a36b6815f21b70d25016731768db1f"),
+    "truthfulqa": Source(path="truthfulqa/truthful_qa", name="generation",
+                         revision="741b8276f2d1982aa3d5b832d3ee81ed3b896490"),
+    "gsm8k": Source(path="openai/gsm8k", name="main",
+                    revision="740312add88f781978c0658806c59bc2815b9866"),
+}  # fmt: skip
 
 
 def r15_asked(settings: Settings) -> dict[str, int]:
@@ -333,17 +340,21 @@ def r15_asked(settings: Settings) -> dict[str, int]:
 
 
 def open_splits(settings: Settings) -> dict[str, list[OpenQuestion]]:
-    """The open-ended questions by split: `train` (R15), `test`; `data.open_ended` replaces test."""
-    test = settings.data.open_ended
-    if test != "hub":
-        bank = ROOT / settings.data.bank / "open_ended"
-        files = {"train": bank / "train.jsonl", "test": bank / "test.jsonl"}
-        files |= {"test": ROOT / test} if test else {}
-        return {split: load_open_questions(file) for split, file in files.items()}
-    evaluated = settings.open_ended.eval_questions
+    """The open-ended questions by split: `train` (R15), `test`; `data.open_ended` replaces test.
+
+    From the hub's sets, for `data.open_ended: hub`, they are drawn alike for all runs.
+    """
+    data, count = settings.data, settings.open_ended.eval_questions
+    if data.open_ended != "hub":
+        bank = f"{data.bank}/open_ended"
+        files = {"train": f"{bank}/train.jsonl", "test": data.open_ended or f"{bank}/test.jsonl"}
+        return {split: load_open_questions(ROOT / file) for split, file in files.items()}
     chosen: dict[str, Table] = {"train": [], "test": []}
-    for task, count in r15_asked(settings).items():
-        skip = evaluated if OPEN_TRAIN[task] == OPEN_TEST[task] else 0
-        chosen["test"] += sources.open_table(task, OPEN_TEST[task])[:evaluated]
-        chosen["train"] += sources.open_table(task, OPEN_TRAIN[task])[skip : skip + count]
-    return {split: _all(table, OpenQuestion, "the hub") for split, table in chosen.items()}
+    for task, asked in r15_asked(settings).items():
+        tables = inputs.hub_tables(OPEN_SETS[task]).values()
+        mixed = [random.Random(0).sample(table, len(table)) for table in tables]
+        # TruthfulQA has one split: what is not evaluated is for training
+        skip = count if len(mixed) == 1 else 0
+        for split, rows in ("train", mixed[0][skip : skip + asked]), ("test", mixed[-1][:count]):
+            chosen[split] += [(place, row | {"task": task}) for place, row in rows]
+    return {split: _valid(table, OpenQuestion) for split, table in chosen.items()}

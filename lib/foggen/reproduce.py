@@ -26,7 +26,7 @@ from tqdm.contrib import DummyTqdmFile
 import foggen
 from foggen import config, inputs, store
 from foggen.config import Settings, SettingsError
-from foggen.sources import OPEN_SETS
+from foggen.questions import OPEN_SETS
 from foggen.store import ROOT
 
 GB = 1e9
@@ -105,7 +105,7 @@ def needs(settings: Settings) -> Iterator[tuple[str, str]]:
     """
     wanted = {
         (group[name], "dataset" if name == "path" else "model", group[revision])
-        for group, name, revision in inputs.hub_entries(settings.model_dump())
+        for group, name, revision in config.hub_entries(settings.model_dump())
     }
     if settings.data.open_ended == "hub":
         wanted |= {(source.path, "dataset", source.revision) for source in OPEN_SETS.values()}

@@ -21,8 +21,7 @@ from tiny import make_tokenizer
 
 from foggen.config import load_profile
 from foggen.prompts import mcq_messages, target_text
-from foggen.questions import DOMAINS, Question, load_questions
-from foggen.sources import OPEN_SETS
+from foggen.questions import DOMAINS, OPEN_SETS, Question, load_questions
 from foggen.store import ROOT, read_jsonl
 from foggen.training import encode_row
 

@@ -8,7 +8,7 @@ import pytest
 from hub import Fault, Hub, Program
 from repositories import GEMMA, PAPER
 
-from foggen.sources import OPEN_SETS
+from foggen.questions import OPEN_SETS
 from foggen.store import library_versions
 
 VLLM = [name for name in library_versions() if name.startswith("vllm")]
