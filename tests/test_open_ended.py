@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from fractions import Fraction
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from foggen import open_ended
 from foggen.config import Settings, load_profile
 from foggen.engines import Completion, Sampling
-from foggen.open_ended import contains, exact_match, final_number, same_number, score_answer
+from foggen.open_ended import exact_match, final_number, same_number, score_answer
 from foggen.prompts import Messages
 from foggen.questions import TASKS, OpenQuestion, load_open_questions, r15_asked
 
@@ -61,26 +61,21 @@ def test_squad_agrees_with_torchmetrics_on_real_rows(rows: dict[str, list[OpenQu
         for answer in (question.answers[-1], other.answers[0], f"The {question.answers[0]}!"):
             assert_as_torchmetrics(answer, question.answers)
         assert exact_match(question.answers[0], question.answers) == 1.0
-        assert contains(question.context, question.answers) == 1.0
 
 
 @pytest.mark.parametrize(
-    ("answer", "references", "match", "inside"),
+    ("answer", "references", "match"),
     [
-        ("the Pittsburgh Steelers!", ["Steelers", "Pittsburgh Steelers"], 1, 1),
-        ("in Paris", ["Paris"], 0, 1),
-        ("category", ["cat"], 0, 0),
-        ("Elway", ["John Elway"], 0, 0),
-        ("23-16", ["23–16"], 0, 0),
-        ("not Paris", ["Paris"], 0, 1),
-        ("Paris", ["", "the"], 0, 0),
-        ("", ["Paris"], 0, 0),
-        ("the", ["A"], 1, 0),  # two texts without a word
+        ("the Pittsburgh Steelers!", ["Steelers", "Pittsburgh Steelers"], 1),
+        ("in Paris", ["Paris"], 0),
+        ("23-16", ["23–16"], 0),
+        ("Paris", ["", "the"], 0),
+        ("", ["Paris"], 0),
+        ("the", ["A"], 1),  # two texts without a word
     ],
 )
-def test_squad_by_hand(answer: str, references: list[str], match: int, inside: int) -> None:
+def test_squad_by_hand(answer: str, references: list[str], match: int) -> None:
     assert exact_match(answer, references) == match
-    assert contains(answer, references) == inside
 
 
 # --- GSM8K ----------------------------------------------------------------------------------------
@@ -88,33 +83,14 @@ def test_squad_by_hand(answer: str, references: list[str], match: int, inside: i
 MINUSES = "-\u2010\u2011\u2012\u2013\u2014\u2212\ufe63\uff0d"
 GAPS = [",", "{,}", r"\,", r",\!", r"\ ", "'", "\u2019", *"\u00a0\u2007\u2009\u200a\u202f"]
 NUMBERS = {
-    "5": [
-        "It is 5.",
-        "5km",
-        "$5.00",
-        r"\$5",
-        "Rs.5",
-        r"\boxed{5}",
-        "5 m2",
-        "x^2 = 5",
-        "3+2=5.",
-        "**5**",
-        r"5 cm^{2}",
-    ],
+    "5": ["It is 5.", "5km", "$5.00", r"\$5", "Rs.5", r"\boxed{5}", "5 m2", "5 ft2", "**5**"],
+    "05": ["3+2=5.", "x^2 = 5", r"5 cm^{2}"],
     "60": ["60%", "a lot #### 60 of 30", "#### 3 #### 60", "２０ and ６０", "<<2*30=60>>60 eggs"],
-    "1/2": [".5", "0.50", "1/2", r"\frac{1}{2}", r"\dfrac{1}{2}", "8 x 2/4", "1 / 2"],
-    "5/2": [
-        "2 1/2 cups",
-        "2.5",
-        "5/2",
-        r"2\frac{1}{2}",
-        r"\boxed{2\dfrac{1}{2}} cups",
-        r"2\frac12",
-    ],
+    ".5": [".5", "0.50", "$.5"],
     "42": ["So it is...42", "Total....42", "\u2026 42"],
-    "-5": ["-$5", "$-5", "- $5", "-\u20b85", "it is -5", "it is \u2013 5", "x = - 5", "(- 5)"],
+    "-5": ["-$5", "$-5", "- $5", "-\u20b85", "it is -5", "x = - 5", "(- 5)", "#### - 5"],
     "-3": [f"{minus}{gap}3" for minus in MINUSES for gap in ("", " ", "\u00a0", "\u2009")],
-    "-5/2": ["- 2 1/2", "\u22122.5", "#### - 5/2"],
+    "-2.5": ["- 2.5", "\u22122.5"],
     "3": [f"10{minus}3" for minus in MINUSES]
     + ["10 - 3", "10 \u2013 3", "(10) - 3", "5% - 3", "x - 3", "apples \u2013 3", "mid-3"],
     "9500": [f"9{gap}500" for gap in GAPS] + ["$9{,}500$", "9,500.00", "#### 9\u202f500"],
@@ -126,13 +102,13 @@ NUMBERS = {
     "20": ["10 20", "5,100,20", "10,20"],
 }
 # What stays wrong, as the docstring says
-WRONG = "3,5=5; 1 234=234; 1.234,50=50; 5k=5; 1e3=3; 5:30=30; 2+3=3; 12 of 30=30; 1\u00bd=1"
-WRONG += "; 10^3=10; 10^{3}=10; 5 ft2=2; 2-1/2=1/2"
+WRONG = "3,5=5; 1 234=234; 1.234,50=50; 5k=5; 1e3=1; 5:30=30; 2+3=3; 12 of 30=30; 1\u00bd=1"
+WRONG += "; 10^3=10; 10^{3}=10; 1/2=2; 2 1/2=2; it is - 5=5"
 
 
 @pytest.mark.parametrize(("value", "texts"), NUMBERS.items())
 def test_final_number(value: str, texts: list[str]) -> None:
-    assert {text: final_number(text) for text in texts} == dict.fromkeys(texts, Fraction(value))
+    assert {text: final_number(text) for text in texts} == dict.fromkeys(texts, Decimal(value))
     assert all(same_number(text, ["987", value]) == 1.0 for text in texts)
     assert not any(same_number(text, ["987"]) for text in texts)
 
@@ -140,18 +116,19 @@ def test_final_number(value: str, texts: list[str]) -> None:
 @pytest.mark.parametrize("case", WRONG.split("; "))
 def test_what_stays_wrong(case: str) -> None:
     text, _, value = case.partition("=")
-    assert final_number(text) == Fraction(value)
+    assert final_number(text) == Decimal(value)
 
 
-@pytest.mark.parametrize("text", ["", "none", "1/0", "####", "#### none", "five", "-", "½", ",,,"])
+@pytest.mark.parametrize("text", ["", "none", "####", "#### none", "five", "-", "½", ",,,", "_5_"])
 def test_no_final_number(text: str) -> None:
     assert final_number(text) is None
-    assert same_number(text, ["5"]) == 0.0
+    assert same_number(text, ["5", "none"]) == 0.0
 
 
 def test_numbers_are_compared_exactly() -> None:
-    assert same_number("33.33", ["100/3"]) == 0.0
-    assert same_number("2", ["1", "2.0"]) == 1.0
+    assert same_number("0.33", ["0.333"]) == 0.0 and same_number("2", ["1", "2.0"]) == 1.0
+    digits = "7" * 5000
+    assert same_number(digits, [digits]) == 1.0 and same_number(digits, [f"{digits}7"]) == 0.0
 
 
 PARTS = ["9", "1,", ",23", "- ", " ", "1 ", "1/", "(-", "is ", r"\frac{", "<<", "#", "=", "9^"]
@@ -167,8 +144,8 @@ def test_no_text_is_a_trap(part: str) -> None:
 def test_gsm8k_on_real_solutions(rows: dict[str, list[OpenQuestion]]) -> None:
     right = [same_number(f"{q.solution}\n#### {q.answers[0]}", q.answers) for q in rows["gsm8k"]]
     assert right == [1.0] * 200
-    # Without the mark, five solutions go on with another number after the answer.
-    assert sum(same_number(q.solution, q.answers) for q in rows["gsm8k"]) == 195
+    # Without the mark, four solutions go on with another number after the answer.
+    assert sum(same_number(q.solution, q.answers) for q in rows["gsm8k"]) == 196
     assert all(same_number(f"${q.answers[0]}.00 in all.", q.answers) for q in rows["gsm8k"])
 
 
@@ -198,13 +175,13 @@ def test_equal_rouge_of_other_lengths_is_a_tie() -> None:
 
 
 def test_every_scorer_says_when_it_fails() -> None:
-    for scorer in (exact_match, contains, final_number, open_ended.truth_margin):
+    for scorer in (exact_match, final_number, open_ended.truth_margin):
         assert "Fails: " in str(scorer.__doc__)  # notebook 05 prints what follows
 
 
 @given(st.text(), st.lists(st.text(), min_size=1, max_size=3))
 def test_no_text_raises_and_every_score_is_in_range(answer: str, references: list[str]) -> None:
-    for score in (exact_match, contains, same_number):
+    for score in (exact_match, same_number):
         assert 0.0 <= score(answer, references) <= 1.0
     assert -1.0 <= open_ended.truth_margin(answer, references, references[:1]) <= 1.0
     open_ended.trace(answer)
@@ -255,9 +232,9 @@ def test_evaluate_open_keeps_order_and_limits() -> None:
     assert [row["id"] for row in result] == ["g", "s", "t", "h"]
     assert [row["local_correct"] for row in result] == [1.0, 1.0, 0.0, 1.0]
     assert [row["confidence"] for row in result] == [1.0, 0.25, None, 1.0]
-    assert all(row["domain"] == row["task"] for row in result)
+    assert [row["domain"] for row in result] == ["gsm8k", "squad", "truthfulqa", "gsm8k"]
     assert [row["fact"] for row in result] == [q.fact_key for q in (G, S, T)] + ["h"]
-    assert all(row["parsed"] and not row["truncated"] and not row["failed"] for row in result)
+    assert not any(row["failed"] for row in result)
     assert [sampling.max_tokens for _, sampling in engine.calls] == [32, 8, 16, 32]
     assert {(s.temperature, s.stop) for _, s in engine.calls} == {(0.0, open_ended.STOP)}
 
@@ -275,22 +252,8 @@ def test_evaluate_open_keeps_order_and_limits() -> None:
 )
 def test_an_answer_that_is_never_closed_scores_zero(text: str, answer: str | None) -> None:
     row = evaluated({"2+3?": [text]}, [G]).iloc[0]
-    assert row["local_answer"] == answer and row["parsed"] == (answer is not None)
-    assert row["local_correct"] == float(answer is not None)
-    assert row["truncated"] == (text[-1:] == "~")
-
-
-def test_judge_grades_answers_and_gives_its_name() -> None:
-    grades = {"habit": ["Correct."], "hate": ["Not correct"], "hm": ["Perhaps"], "lost": []}
-    engine: Any = Scripted({f"Answer: {answer}": texts for answer, texts in grades.items()})
-    result = open_ended.judge(engine, [T] * 5, [*grades, None])
-    assert str([row["correct"] for row in result]) == "[1.0, 0.0, nan, nan, 0.0]"
-    assert [row["failed"] for row in result] == [0, 0, 0, 1, 0]
-    assert {row["judge"] for row in result} == {"scripted"} and engine.calls[0][0] == 4
-    assert open_ended.judge(engine, [T], [None])[0]["correct"] == 0.0 and len(engine.calls) == 1
-    lines = open_ended.judge_messages(T, "habit")[1]["content"].splitlines()
-    assert lines[1:3] == ["Right references:", "- A habit"]
-    assert lines[3:6] == ["Wrong references:", "- Bulls hate red", "Answer: habit"]
+    assert row["local_answer"] == answer and row["local_correct"] == float(answer is not None)
+    assert row["confidence"] == 1.0 or (answer is None and pd.isna(row["confidence"]))
 
 
 # --- R15 ------------------------------------------------------------------------------------------
@@ -310,7 +273,7 @@ def test_r15_rows_teach_own_traces_and_gold_answers(pocket: Settings) -> None:
     samples = [bad, good, bad, good, "Confidence: 0.5\n2+3~", bad, bad, good]
     elway = ["Confidence: 1.0\nFinal answer: Elway"]
     engine: Any = Scripted({**SCRIPT, "2+3?": samples, "Who?": elway})
-    rows, counts = open_ended.r15_rows(engine, [G, S, T], pocket, seed=3)
+    rows = open_ended.r15_rows(engine, [G, S, T], pocket, seed=3)
     assert [row["domain"] for row in rows] == ["gsm8k", "squad", "truthfulqa"]
     assert [row["target"] for row in rows] == [
         "Confidence: 0.5\n2+3 makes 5.\nFinal answer: 5",
@@ -320,23 +283,15 @@ def test_r15_rows_teach_own_traces_and_gold_answers(pocket: Settings) -> None:
     assert [row["votes"] for row in rows] == ["0101-001", "11111111", "00000000"]
     assert [row["confidence"] for row in rows] == [0.5, 1.0, 0.0]
     assert json.loads(json.dumps(rows)) == rows
-    expected = dict.fromkeys(("questions", "rows", "unparsed", "truncated"), 1)
-    expected |= {"no_trace": 0, "surplus": 0}
-    assert counts[TASKS.index("gsm8k")] == {"task": "gsm8k", **expected}
     sampling = engine.calls[0][1]
     assert (sampling.n, sampling.temperature) == (8, pocket.temperature)
     assert (sampling.top_p, sampling.top_k, sampling.seed) == (0.8, 20, 3)
 
 
-def test_r15_drops_and_counts(pocket: Settings) -> None:
-    """Word problems without a right sample have nothing to teach; a task stops at its rows."""
-    wanted = pocket.open_ended.r15.squad
-    engine: Any = Scripted({**SCRIPT, "2+3?": ["Confidence: 1.0\nFinal answer: 6"]})
-    rows, counts = open_ended.r15_rows(engine, [G, *copies(S, wanted + 3)], pocket, seed=0)
-    assert [row["id"] for row in rows] == [f"s{i}" for i in range(wanted)]
-    by_task = {count["task"]: count for count in counts}
-    assert by_task["gsm8k"]["no_trace"] == 1 and by_task["gsm8k"]["rows"] == 0
-    assert by_task["squad"]["surplus"] == 3 and by_task["truthfulqa"]["questions"] == 0
+def test_a_word_problem_without_a_right_sample_teaches_nothing(pocket: Settings) -> None:
+    engine: Any = Scripted({"2+3?": ["Confidence: 1.0\nFinal answer: 6"]})
+    (row,) = open_ended.r15_rows(engine, [G], pocket, seed=0)
+    assert row["target"] is None and row["votes"] == "00000000"
 
 
 def test_first_takes_the_number_of_each_task(pocket: Settings) -> None:
