@@ -27,14 +27,10 @@ FEW = dict.fromkeys(TASKS, 2)
 
 
 def miniature(folder: Path, family: str, rounds: int) -> Settings:
-    names = {
-        "question": "question",
-        "options": "choices",
-        "answer": "answerKey",
-        "domain": "subject",
-    }
+    names = {"question": "question", "choices": "options", "answerKey": "answer"}
+    names |= {"subject": "domain"}
     rows = [
-        {column: getattr(question, name) for name, column in names.items()}
+        {column: getattr(question, name) for column, name in names.items()}
         for question in make_questions(30)
     ]
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -101,12 +97,13 @@ def test_fourteen_rounds_r15_and_the_evaluation(family: str, tmp_path: Path) -> 
 def test_format_install_by_a_larger_sibling(tmp_path: Path) -> None:
     """An edge model without a chat template learns from a teacher, and takes over its template."""
     settings = miniature(tmp_path, "gemma3", 1)
-    edge = make_model(tmp_path / "base", 3, "gemma3", hidden=32)
-    (edge / "chat_template.jinja").unlink()
+    base = make_model(tmp_path / "base", 3, "gemma3", hidden=32)
+    (base / "chat_template.jinja").unlink()
     install = {"labels_from": settings.edge.model}
-    settings = override(settings, {"edge.model": str(edge), "edge.format_install": install})
+    settings = override(settings, {"edge.model": str(base), "edge.format_install": install})
     parts = splits(settings)
-    chain = run_chain(Run(tmp_path / "run", settings), parts["train"], parts["dev"])
+    with closing(edge_slot(settings)) as edge:
+        chain = run_chain(Run(tmp_path / "run", settings), parts["train"], parts["dev"], edge)
     assert [result.number for result in chain] == [0, 1] and chain[0].training["rows"] == 14
     assert all((result.model / "chat_template.jinja").exists() for result in chain)
     assert read_json(chain[1].model / "config.json")["hidden_size"] == 32
