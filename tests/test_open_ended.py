@@ -9,7 +9,6 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +18,7 @@ from foggen.config import Settings, load_profile
 from foggen.engines import Completion, Sampling
 from foggen.open_ended import exact_match, final_number, same_number, score_answer
 from foggen.prompts import Messages
-from foggen.questions import TASKS, OpenQuestion, load_open_questions, r15_asked
+from foggen.questions import TASKS, OpenQuestion, load_open_questions
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 real = pytest.mark.skipif(not DATA.is_dir(), reason="real rows of the three tasks are not there")
@@ -35,15 +34,8 @@ def rows() -> dict[str, list[OpenQuestion]]:
 # --- SQuAD ----------------------------------------------------------------------------------------
 
 
-def assert_as_torchmetrics(answer: str, references: Sequence[str]) -> None:
-    text = pytest.importorskip("torchmetrics.functional.text", reason="needs torchmetrics")
-    target = {"answer_start": [0] * len(references), "text": list(references)}
-    given = [{"prediction_text": answer, "id": "0"}]
-    score = text.squad(given, [{"answers": target, "id": "0"}])
-    assert exact_match(answer, references) == float(score["exact_match"]) / 100
-
-
-def test_squad_agrees_with_torchmetrics_on_500_generated_pairs() -> None:
+def test_squad_agrees_with_torchmetrics() -> None:
+    metrics = pytest.importorskip("torchmetrics.functional.text", reason="needs torchmetrics")
     rng = random.Random(0)
     words = "the A an Theatre Paris paris, U.S. 23–16 23-16 1,000 don't ҚАЗАҚ ! x".split()
 
@@ -51,16 +43,10 @@ def test_squad_agrees_with_torchmetrics_on_500_generated_pairs() -> None:
         return rng.choice(["", " ", "  "]).join(rng.choices(words, k=rng.randint(0, 6)))
 
     for _ in range(500):
-        assert_as_torchmetrics(text(), [text() for _ in range(rng.randint(1, 4))])
-
-
-@real
-def test_squad_agrees_with_torchmetrics_on_real_rows(rows: dict[str, list[OpenQuestion]]) -> None:
-    others = [*rows["squad"][1:], rows["squad"][0]]
-    for question, other in zip(rows["squad"], others, strict=True):
-        for answer in (question.answers[-1], other.answers[0], f"The {question.answers[0]}!"):
-            assert_as_torchmetrics(answer, question.answers)
-        assert exact_match(question.answers[0], question.answers) == 1.0
+        answer, references = text(), [text() for _ in range(rng.randint(1, 4))]
+        target = {"answers": {"answer_start": [0] * len(references), "text": references}, "id": "0"}
+        score = metrics.squad([{"prediction_text": answer, "id": "0"}], [target])
+        assert exact_match(answer, references) == float(score["exact_match"]) / 100
 
 
 @pytest.mark.parametrize(
@@ -70,7 +56,6 @@ def test_squad_agrees_with_torchmetrics_on_real_rows(rows: dict[str, list[OpenQu
         ("in Paris", ["Paris"], 0),
         ("23-16", ["23–16"], 0),
         ("Paris", ["", "the"], 0),
-        ("", ["Paris"], 0),
         ("the", ["A"], 1),  # two texts without a word
     ],
 )
@@ -159,24 +144,22 @@ def test_truthfulqa_knows_its_references(rows: dict[str, list[OpenQuestion]]) ->
         assert score_answer(question, question.incorrect[0]) == 0.0
 
 
-def test_truth_margin_by_hand() -> None:
-    right, wrong = ["nothing happens to you"], ["you would die"]
-    assert open_ended.truth_margin("Nothing happens!", right, wrong) == pytest.approx(2 / 3)
-    assert open_ended.truth_margin("you die", right, wrong) == pytest.approx(2 / 6 - 4 / 5)
-    assert open_ended.truth_margin("", right, wrong) == 0.0
-    assert open_ended.truth_margin("hm", right, []) == 0.0
-
-
-def test_equal_rouge_of_other_lengths_is_a_tie() -> None:
-    """4 words against 2 with 2 in common, and 5 with 3: both 2/3, and a last bit apart."""
-    answer, right, wrong = "one two three four", ["one two"], ["one two three x x"]
-    assert open_ended.truth_margin(answer, right, wrong) == 0.0
-    assert open_ended.truth_margin(answer, wrong, right) == 0.0
-
-
-def test_every_scorer_says_when_it_fails() -> None:
-    for scorer in (exact_match, final_number, open_ended.truth_margin):
-        assert "Fails: " in str(scorer.__doc__)  # notebook 05 prints what follows
+@pytest.mark.parametrize(
+    ("answer", "right", "wrong", "margin"),
+    [
+        ("Nothing happens!", "nothing happens to you", "you would die", 2 / 3),
+        ("you die", "nothing happens to you", "you would die", 2 / 6 - 4 / 5),
+        ("", "nothing happens to you", "you would die", 0),
+        # Both 2/3 (4 words against 2 with 2 in common, 5 with 3), and a last bit apart
+        ("one two three four", "one two", "one two three x x", 0),
+        ("Қазақстан астанасы Астана", "Қазақстан астанасы Астана", "Алматы", 1),
+    ],
+)
+def test_truth_margin_by_hand(answer: str, right: str, wrong: str, margin: float) -> None:
+    assert open_ended.truth_margin(answer, [right], [wrong]) == pytest.approx(margin, abs=1e-9)
+    assert open_ended.truth_margin(answer, [wrong], [right]) == pytest.approx(-margin, abs=1e-9)
+    assert margin or open_ended.truth_margin(answer, [right], [wrong]) == 0.0, "to the last bit"
+    assert open_ended.truth_margin(answer, [right], []) >= margin
 
 
 @given(st.text(), st.lists(st.text(), min_size=1, max_size=3))
@@ -221,11 +204,6 @@ SCRIPT = {
 }
 
 
-def evaluated(script: dict[str, list[str]], questions: Sequence[OpenQuestion]) -> pd.DataFrame:
-    engine: Any = Scripted(script)
-    return pd.DataFrame(open_ended.evaluate_open(engine, questions, LIMITS))
-
-
 def test_evaluate_open_keeps_order_and_limits() -> None:
     engine: Any = Scripted(SCRIPT)
     result = open_ended.evaluate_open(engine, [G, S, T, G.model_copy(update={"id": "h"})], LIMITS)
@@ -251,9 +229,10 @@ def test_evaluate_open_keeps_order_and_limits() -> None:
     ],
 )
 def test_an_answer_that_is_never_closed_scores_zero(text: str, answer: str | None) -> None:
-    row = evaluated({"2+3?": [text]}, [G]).iloc[0]
-    assert row["local_answer"] == answer and row["local_correct"] == float(answer is not None)
-    assert row["confidence"] == 1.0 or (answer is None and pd.isna(row["confidence"]))
+    engine: Any = Scripted({"2+3?": [text]})
+    (row,) = open_ended.evaluate_open(engine, [G], LIMITS)
+    scored = (row["local_answer"], row["local_correct"], row["confidence"])
+    assert scored == ((answer, 1.0, 1.0) if answer else (None, 0.0, None))
 
 
 # --- R15 ------------------------------------------------------------------------------------------
@@ -262,10 +241,6 @@ def test_an_answer_that_is_never_closed_scores_zero(text: str, answer: str | Non
 @pytest.fixture
 def pocket() -> Settings:
     return load_profile("pocket", {"samples": 8, "top_p": 0.8, "top_k": 20})
-
-
-def copies(question: OpenQuestion, n: int) -> list[OpenQuestion]:
-    return [question.model_copy(update={"id": f"{question.id}{i}"}) for i in range(n)]
 
 
 def test_r15_rows_teach_own_traces_and_gold_answers(pocket: Settings) -> None:
@@ -294,30 +269,16 @@ def test_a_word_problem_without_a_right_sample_teaches_nothing(pocket: Settings)
     assert row["target"] is None and row["votes"] == "00000000"
 
 
-def test_first_takes_the_number_of_each_task(pocket: Settings) -> None:
-    asked = r15_asked(pocket)
-    pool = [*copies(G, asked["gsm8k"] + 5), *copies(S, 2)]
-    chosen = open_ended.first(pool, asked)
-    assert [one.id for one in chosen] == ["s0", "s1", *(f"g{i}" for i in range(asked["gsm8k"]))]
+def test_first_takes_the_number_of_each_task() -> None:
+    pool = [G.model_copy(update={"id": f"g{i}"}) for i in range(5)] + [S]
+    chosen = open_ended.first(pool, {"squad": 2, "truthfulqa": 2, "gsm8k": 3})
+    assert [question.id for question in chosen] == ["s", "g0", "g1", "g2"]
 
 
-@pytest.mark.parametrize(
-    ("text", "reasoning"),
-    [
-        ("Confidence: 0.5\n2+2=4\nFinal answer: 4", "2+2=4"),
-        ("**Confidence**: 1.0\n2+2=4\nFinal answer: 4", "2+2=4"),
-        ("Confidence\uff1a 0.75\n2+2=4\nFinal answer: 4", "2+2=4"),
-        ("Confidence: 75%\n2+2=4\nFinal answer: 4", "2+2=4"),
-        ("Confidence: Confidence: 0.25\n2+2=4\nFinal answer: 4", "2+2=4"),
-        ("2+2=4, so\nConfidence: 1.0\nFinal answer: 4", "2+2=4, so"),
-        ("Confidence: 1.0\n2+2=4\nConfidence: 0.5\nFinal answer: 4", "2+2=4"),
-    ],
-)
-def test_a_trace_states_no_confidence_of_its_own(text: str, reasoning: str) -> None:
-    assert open_ended.trace(text) == reasoning
+HEADS = ["Confidence: 0.5", "**Confidence**: 1.0", "Confidence\uff1a 0.75", "Confidence: 75%", ""]
 
 
-def test_truth_is_told_in_any_script() -> None:
-    right, wrong = ["Қазақстан астанасы Астана"], ["Алматы"]
-    assert open_ended.truth_margin(right[0], right, wrong) == 1
-    assert open_ended.truth_margin("Алматы", right, wrong) == -1
+@pytest.mark.parametrize("head", [*HEADS, "Confidence: Confidence: 0.25"])
+def test_a_trace_states_no_confidence_of_its_own(head: str) -> None:
+    for text in (f"{head}\n2+2=4", f"2+2=4\n{head}", f"{head}\n2+2=4\nConfidence: 0.5"):
+        assert open_ended.trace(f"{text}\nFinal answer: 4") == "2+2=4"
