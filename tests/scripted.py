@@ -9,7 +9,16 @@ from typing import Any
 from foggen import training
 from foggen.engines import Completion, Engine, EngineSlot, Sampling
 from foggen.prompts import VERIFY_SYSTEM, Messages
+from foggen.questions import OpenQuestion
 from foggen.store import write_json
+
+OPEN = [
+    OpenQuestion(id=f"s{i}", task="squad", question="Who?", context=f"C{i}", answers=("A",))
+    for i in range(4)
+] + [
+    OpenQuestion(id=f"g{i}", task="gsm8k", question=f"{i}+1?", answers=(str(i + 1),))
+    for i in range(4)
+]
 
 
 class Scripted:

@@ -10,12 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted import Scripted, noted_trainings, slot
-from tiny import make_model, make_questions
+from scripted import OPEN, Scripted, noted_trainings, slot
+from tiny import make_model
 
 from foggen import evaluation
 from foggen.chain import (
@@ -28,8 +29,8 @@ from foggen.chain import (
     trained_checkpoint,
 )
 from foggen.config import Settings, SettingsError, override
-from foggen.engines import Engine, EngineError, EngineSlot
-from foggen.questions import OpenQuestion, Question, by_domain
+from foggen.engines import EngineError, EngineSlot
+from foggen.questions import by_domain
 from foggen.store import ROOT, Run, read_json, read_jsonl
 
 
@@ -52,31 +53,30 @@ def learnt(monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, Any]]]:
     return noted_trainings(monkeypatch)
 
 
-def stages(run: Run) -> list[str]:
+def stages(run: Run) -> dict[str, list[str]]:
+    """The stages in the order they were made, with their inputs."""
     rows = read_jsonl(run.folder / "manifest.jsonl")
-    return [row["stage"].rsplit("-", 1)[0] for row in rows]
+    return {row["stage"].rsplit("-", 1)[0]: row["inputs"] for row in rows}
 
 
 # ---- the chain
 
 
-def test_the_chain_repeats_and_comes_from_the_run(small, tmp_path, questions):
-    run, lines = Run(tmp_path / "a", small), list[str]()
-    first = run_chain(run, questions, questions, show=lines.append)
+def test_the_chain_repeats_and_comes_from_the_run(small, tmp_path, questions, capfd):
+    run, other = Run(tmp_path / "a", small), Run(tmp_path / "b", small)
+    with closing(edge_slot(small)) as slot:
+        first, again = (run_chain(one, questions, questions, slot) for one in (run, other))
     assert [result.domain for result in first] == [None, "finance", "law"]
-    assert len(lines) == 3 and lines[1].startswith("R1  finance")
-
-    def nothing(model: Path) -> Engine:
-        raise AssertionError("a finished chain loads no model")
-
-    again = run_chain(run, questions, questions, EngineSlot(nothing))
-    assert str([one.record() for one in again]) == str([one.record() for one in first])
-    other = run_chain(Run(tmp_path / "b", small), questions, questions)
-    assert [weights(one.model) for one in other] == [weights(one.model) for one in first]
-    assert all(a.evaluation.equals(b.evaluation) for a, b in zip(first, other, strict=True))
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("R")]
+    assert len(lines) == 6 and lines[1].startswith("R1  finance") and lines[:3] == lines[3:]
+    assert [weights(one.model) for one in again] == [weights(one.model) for one in first]
+    assert all(a.evaluation.equals(b.evaluation) for a, b in zip(first, again, strict=True))
+    none = EngineSlot(lambda model: pytest.fail("a finished chain loads no model"))
+    found = run_chain(run, questions, questions, none)
+    assert str([one.record() for one in found]) == str([one.record() for one in first])
     steps = ("samples", "sft", "dev-answers")
     expected = [f"r{n:02d}-{step}" for n in range(3) for step in steps]
-    assert stages(run) == [name for name in expected if name != "r00-sft"]
+    assert list(stages(run)) == [name for name in expected if name != "r00-sft"]
 
 
 def test_every_round_starts_from_the_merged_weights_before(
@@ -85,9 +85,8 @@ def test_every_round_starts_from_the_merged_weights_before(
     results = run_chain(Run(tmp_path, small), questions, questions, edge)
     raw, *models = [result.model for result in results]
     # Labelled by the checkpoint before; asleep while training; the caller's slot stays open
-    assert engine.events == [
-        f"made with {raw.name}", "sleep", models[0], "sleep", models[1],
-    ]  # fmt: skip
+    made = f"made with {raw.name}"
+    assert engine.events == [made, "sleep", models[0], "sleep", models[1]]
     stage = read_json(models[1].parent / "stage.json")
     assert stage["inputs"] == [f"{models[0].parent.name}/model"]
     assert [result.training for result in results] == [{}, {"rows": 9}, {"rows": 9}]
@@ -107,7 +106,9 @@ def test_rotation_replay_and_buffer(small, tmp_path, questions, edge, learnt):
         buffer += new[number]
     # 12 questions, of which 4 + 2 * 5 are asked: fresh ones while there are any
     assert len(set(buffer)) == 4 + 4 * 2 < len(buffer)
-    assert [row["id"] for row in buffer_rows(results)] == buffer
+    rows = buffer_rows(results)
+    assert [row["id"] for row in rows] == buffer
+    assert replay(rows, 7, 1) == replay(rows, 7, 1) != replay(rows, 7, 2)
 
 
 def test_no_replay_and_relabelled_replay(small, tmp_path, questions, edge, learnt):
@@ -129,8 +130,7 @@ def test_only_what_changed_is_computed_again(small, tmp_path, questions, engine,
         ({"top_p": 0.9}, 6 * 4 + 2 * 4 * 4, 0),  # the same labels, so the same training
     ):
         before = engine.asked, len(learnt)
-        run = Run(tmp_path, override(small, changes))
-        run_chain(run, questions, questions, edge)
+        run_chain(Run(tmp_path, override(small, changes)), questions, questions, edge)
         assert (engine.asked - before[0], len(learnt) - before[1]) == (asked, trained), changes
 
 
@@ -152,10 +152,7 @@ def test_format_install_trains_on_the_teachers_labels(
 def test_frozen_labels_are_those_of_the_raw_model(small, tmp_path, questions, edge, learnt):
     run = Run(tmp_path, override(small, {"label_control": "frozen", "relabel_replay": True}))
     results = run_chain(run, questions, questions, edge)
-    inputs = {
-        row["stage"].rsplit("-", 1)[0]: row["inputs"]
-        for row in read_jsonl(run.folder / "manifest.jsonl")
-    }
+    inputs = stages(run)
     labelled = [f"r{n:02d}-{step}" for n in (1, 2) for step in ("samples", "replay-samples")]
     assert all(inputs[name] == inputs["r00-samples"] for name in labelled)
     assert inputs["r02-sft"] == [f"{results[1].model.parent.name}/model"], "the chain goes on"
@@ -163,18 +160,17 @@ def test_frozen_labels_are_those_of_the_raw_model(small, tmp_path, questions, ed
 
 def test_random_labels_are_drawn_from_the_buffers(small, tmp_path, questions, edge, learnt):
     settings = override(small, {"label_control": "random", "calibration_rows": 12, "rounds": 1})
-    run = Run(tmp_path, settings)
-    results = run_chain(run, questions, questions, edge)
-    drawn = {row["confidence"] for row in results[1].rows}
-    assert drawn <= {row["confidence"] for row in results[0].rows} == {0.0, 1.0}
+    base, result = run_chain(Run(tmp_path, settings), questions, questions, edge)
+    drawn = {row["confidence"] for row in result.rows}
+    assert drawn <= {row["confidence"] for row in base.rows} == {0.0, 1.0}
 
 
-def cloud_of(monkeypatch: pytest.MonkeyPatch, failing: bool = False) -> list[Scripted]:
-    """The clouds that are made: they answer B, the third question unreadably."""
+def cloud_of(monkeypatch: pytest.MonkeyPatch, texts: dict[int, str | None]) -> list[Scripted]:
+    """The clouds that are made: they answer B, but for these texts."""
     made: list[Scripted] = []
 
     def make(settings: Settings) -> Scripted:
-        made.append(Scripted(answer="B", texts={2: "I pass.", **dict.fromkeys([1] * failing)}))
+        made.append(Scripted(answer="B", texts=texts))
         return made[-1]
 
     monkeypatch.setattr(evaluation, "cloud_engine", make)
@@ -185,9 +181,8 @@ def cloud_of(monkeypatch: pytest.MonkeyPatch, failing: bool = False) -> list[Scr
 def test_the_clouds_letters_are_asked_once_and_taught_or_counted(
     setting, small, tmp_path, questions, edge, learnt, monkeypatch
 ):
-    made = cloud_of(monkeypatch)
-    settings = override(small, {setting: "cloud", "relabel_replay": True})
-    run = Run(tmp_path, settings)
+    made = cloud_of(monkeypatch, {2: "I pass."})
+    run = Run(tmp_path, override(small, {setting: "cloud", "relabel_replay": True}))
     results = run_chain(run, questions, questions, edge)
     gold = {question.id: question.answer for question in questions}
     rows = buffer_rows(results)
@@ -201,20 +196,21 @@ def test_the_clouds_letters_are_asked_once_and_taught_or_counted(
     wrong = sum(gold[row["id"]] != "B" for row in rows) + 1
     assert sum(int(result.record()["cloud wrong"]) for result in results) == wrong
     assert run_chain(run, questions, questions, edge)[2].rows == results[2].rows
-    assert len(made) == 1 and stages(run)[0] == "chain-cloud-answers"
+    assert len(made) == 1 and next(iter(stages(run))) == "chain-cloud-answers"
 
 
 def test_a_chain_needs_all_of_the_clouds_letters(
     small, tmp_path, questions, edge, learnt, monkeypatch
 ):
     run = Run(tmp_path, override(small, {"answer_target": "cloud"}))
-    made = cloud_of(monkeypatch, failing=True)
+    made = cloud_of(monkeypatch, {2: None})
     for attempt in (1, 2):
         with pytest.raises(EngineError, match="run again to resume"):
             run_chain(run, questions, questions, edge)
         assert len(made) == attempt, "an outage is not kept"
-    cloud_of(monkeypatch)
-    assert len(run_chain(run, questions, questions, edge)) == 3
+    cloud_of(monkeypatch, dict.fromkeys(range(99), "I pass."))
+    results = run_chain(run, questions, questions, edge)
+    assert [result.rows for result in results] == [[], [], []], "not replaced by gold"
 
 
 # ---- its parts
@@ -226,27 +222,19 @@ def test_the_calibration_buffer_is_balanced(small, questions):
     assert counts == {"finance": 3, "law": 2}
 
 
-def test_a_domain_without_questions_is_told(small, tmp_path, questions, edge):
+def test_missing_questions_are_told_before_a_model_is_asked(small, tmp_path, questions):
+    none = EngineSlot(lambda model: pytest.fail("asked"))
     run = Run(tmp_path, override(small, {"domains": ["law", "alchemy"]}))
-    expected = r"domains: no training questions for alchemy; there are finance"
-    with pytest.raises(SettingsError, match=expected):
-        run_chain(run, questions, questions, edge)
-
-
-def test_replay_draws_without_repetition():
-    rows: Any = [{"id": str(index)} for index in range(10)]
-    assert len({row["id"] for row in replay(rows, 7, seed=1)}) == 7
-    assert len(replay(rows, 99, seed=1)) == 10 and replay(rows, 7, 1) == replay(rows, 7, 1)
+    with pytest.raises(SettingsError, match=r"domains: .*alchemy.*; there are \['finance'"):
+        run_chain(run, questions, questions, none)
+    with pytest.raises(SettingsError, match="no dev questions"):
+        run_chain(Run(tmp_path, small), questions, [], none)
 
 
 def test_a_rounds_metrics_by_hand(small, tmp_path, questions, edge, learnt):
     result = run_chain(Run(tmp_path, override(small, {"rounds": 0})), questions, questions, edge)[0]
-    n = len(result.evaluation)
-    right = [1, 0] + [0] * (n - 2)
-    stated = [1.0, 0.25, 0.5] + [None] * (n - 3)
-    table = result.evaluation.assign(local_correct=right, confidence=stated)
-    table = table.astype({"confidence": float})
-    metrics = type(result)(**{**vars(result), "evaluation": table}).metrics
+    table = result.evaluation.assign(local_correct=[1, 0, 0, 0], confidence=[1.0, 0.25, 0.5, None])
+    metrics = result._replace(evaluation=table.astype({"confidence": float})).metrics
     assert (metrics["n"], metrics["local_accuracy"]) == (4, 1 / 4)
     assert (metrics["kept"], metrics["parsed"], metrics["auroc"]) == (2 / 4, 3 / 4, 1.0)
     assert metrics["mean_confidence"] == pytest.approx(1.75 / 3)
@@ -275,29 +263,17 @@ def test_the_edge_slot_makes_the_engine_of_the_settings(small, monkeypatch):
     assert made == [(("transformers", Path("m")), {"dtype": "float32", "token_budget": 7})]
 
 
-# ---- the open-ended branch
-
-OPEN = [
-    OpenQuestion(id=f"s{i}", task="squad", question="Who?", context=f"C{i}", answers=("A",))
-    for i in range(4)
-] + [
-    OpenQuestion(id=f"g{i}", task="gsm8k", question=f"{i}+1?", answers=(str(i + 1),))
-    for i in range(4)
-]
-
-
 def test_the_branch_replays_the_buffer_and_drops_unsolved_problems(
-    small: Settings, tmp_path: Path, questions: list[Question], edge: EngineSlot, learnt: Any
-) -> None:
+    small, tmp_path, questions, edge, learnt
+):
     sizes = {"squad": 3, "truthfulqa": 0, "gsm8k": 4, "replay": 99}
     values = {f"open_ended.r15.{task}": n for task, n in sizes.items()}
     run = Run(tmp_path / "run", override(small, {**values, "rounds": 1}))
     rounds = run_chain(run, questions, questions, edge)
     branch = run_r15(run, rounds, OPEN, edge)
-    counts = {row.pop("task"): row for row in branch.counts}
-    none = {"unparsed": 0, "truncated": 0}
-    assert counts["squad"] == {"questions": 4, "no_trace": 0, "surplus": 1, "rows": 3, **none}
-    assert counts["gsm8k"] == {"questions": 4, "no_trace": 3, "surplus": 0, "rows": 1, **none}
+    assert [row["id"] for row in branch.labelled] == [question.id for question in OPEN]
+    assert [row["id"] for row in branch.rows] == ["s0", "s1", "s2", "g1"], "1 + 1 is 2"
+    assert sum(row["target"] is None for row in branch.labelled) == 3
     buffer = buffer_rows(rounds)
     assert sorted(row["id"] for row in branch.replayed) == sorted(row["id"] for row in buffer)
     assert learnt[-1] == [*branch.rows, *branch.replayed] and branch.model.is_dir()
@@ -312,12 +288,12 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from tiny import make_questions
-from foggen.chain import run_chain
+from foggen.chain import edge_slot, run_chain
 from foggen.config import Settings
 from foggen.store import Run, write_json
 settings = Settings.model_validate_json(Path(sys.argv[2]).read_text())
 run, questions = Run(sys.argv[1], settings), make_questions()
-results = run_chain(run, questions, questions)
+results = run_chain(run, questions, questions, edge_slot(settings))
 write_json(run.folder / "table.json", [result.record() for result in results])
 """
 
@@ -349,9 +325,3 @@ def test_ten_kills_end_with_the_same_chain(small, tmp_path):
         return json.loads((run / "table.json").read_text()), models
 
     assert str(ends(tmp_path / "run")) == str(ends(tmp_path / "whole"))
-
-
-def test_a_chain_without_dev_questions_is_refused(small: Settings, tmp_path: Path) -> None:
-    run, train = Run(tmp_path / "run", small), make_questions()
-    with pytest.raises(SettingsError, match="no dev questions"):
-        run_chain(run, train, [], EngineSlot(lambda model: pytest.fail("asked")))

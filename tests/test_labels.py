@@ -75,19 +75,18 @@ class Scripted:
 
 
 @pytest.mark.parametrize(
-    ("letters", "reference", "votes", "p", "majority"),
+    ("letters", "votes", "p", "majority"),
     [
-        ("AAB-EaCB", {}, "AAB--ACB", 3 / 8, "A"),  # E is none of four options
-        ("AAB-EaCB", {QUESTION.id: "B"}, "AAB--ACB", 2 / 8, "A"),
-        ("BBCCA---", {}, "BBCCA---", 1 / 8, "B"),  # the first among equals
-        ("CBBCA---", {"another": "C"}, "CBBCA---", 1 / 8, "C"),
-        ("--------", {}, "--------", 0, None),
+        ("AAB-EaCB", "AAB--ACB", 3 / 8, "A"),  # E is none of four options
+        ("BBCCA---", "BBCCA---", 1 / 8, "B"),  # the first among equals
+        ("CBBCA---", "CBBCA---", 1 / 8, "C"),
+        ("--------", "--------", 0, None),
     ],
 )
-def test_samples_are_counted_against_the_reference(letters, reference, votes, p, majority):
+def test_samples_are_counted(letters, votes, p, majority):
     engine = Scripted(letters)
     settings = override(POCKET, {"top_p": 0.8, "top_k": 20})
-    (sample,) = sample_answers(engine, [QUESTION], settings, 7, reference)
+    (sample,) = sample_answers(engine, [QUESTION], settings, 7)
     counted = {name: sample[name] for name in ("votes", "p_correct", "majority_answer")}
     assert counted == {"votes": votes, "p_correct": p, "majority_answer": majority}
     assert sample["tokens"] == 24 and len(sample["texts"]) == 8
@@ -103,12 +102,11 @@ def test_exact_answers_multiply_confidence_and_letter():
     assert score.option_probability == pytest.approx(right / 0.9)
     settings = override(POCKET, {"top_p": 0.8, "top_k": 20})
     (sample,) = exact_answers(engine, [QUESTION], settings)
-    assert sample == {
-        "id": QUESTION.id, "p_correct": pytest.approx(right), "majority_answer": "A", "votes": None,
-    }  # fmt: skip
+    p = pytest.approx(right)
+    assert sample == {"id": QUESTION.id, "p_correct": p, "majority_answer": "A", "votes": None}
     drawn = [(s.temperature, s.top_p, s.top_k) for (s,) in engine.calls]
     assert drawn == [(1.0, 1.0, 0), (0.7, 0.8, 20)], "labels see the recipe's truncation"
-    (other,) = exact_answers(engine, [QUESTION], settings, {QUESTION.id: "D"})
+    (other,) = exact_answers(engine, [QUESTION.model_copy(update={"answer": "D"})], settings)
     assert other["p_correct"] == pytest.approx((0.9 - right) / 3)
 
 
@@ -166,18 +164,16 @@ def sample(p: float, majority: str | None = "B") -> Sample:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "majority", "cloud", "target"),
+    ("overrides", "majority", "target"),
     [
-        ({}, "B", {}, "Confidence: 0.5\nFinal answer: A"),
-        ({"tie": "down"}, None, {}, "Confidence: 0.25\nFinal answer: A"),
-        ({"answer_target": "self"}, "B", {}, "Confidence: 0.5\nFinal answer: B"),
-        ({"answer_target": "self"}, None, {}, None),
-        ({"answer_target": "cloud"}, "B", {QUESTION.id: "C"}, "Confidence: 0.5\nFinal answer: C"),
+        ({}, "B", "Confidence: 0.5\nFinal answer: A"),
+        ({"tie": "down"}, None, "Confidence: 0.25\nFinal answer: A"),
+        ({"answer_target": "self"}, "B", "Confidence: 0.5\nFinal answer: B"),
+        ({"answer_target": "self"}, None, None),
     ],
 )
-def test_a_row_teaches_bucket_and_answer(overrides, majority, cloud, target):
-    settings = override(POCKET, overrides)
-    row = training_row(QUESTION, sample(3 / 8, majority), settings, cloud)
+def test_a_row_teaches_bucket_and_answer(overrides, majority, target):
+    row = training_row(QUESTION, sample(3 / 8, majority), override(POCKET, overrides))
     if target is None:
         assert row is None
         return
@@ -205,34 +201,29 @@ def per_domain(rows: Sequence[SftRow]) -> Counter[tuple[str, float]]:
 
 def test_permuted_labels_stay_within_their_domain():
     rows = rows_of()
-    permuted = control_labels(rows, "permuted", seed=1)
+    permuted = control_labels("permuted", rows, seed=1)
     assert per_domain(permuted) == per_domain(rows)
     assert [row["id"] for row in permuted] == [row["id"] for row in rows]
     moved = sum(a["confidence"] != b["confidence"] for a, b in zip(rows, permuted, strict=True))
     assert moved > len(rows) / 3
     assert all(parse_response(r["target"]) == (r["confidence"], r["answer"]) for r in permuted)
-    again, other = (control_labels(rows, "permuted", seed) for seed in (1, 2))
+    again, other = (control_labels("permuted", rows, seed) for seed in (1, 2))
     assert again == permuted != other
 
 
-def test_random_labels_come_from_all_domains():
+def test_random_labels_come_from_all_domains_or_the_buffer():
     rows = rows_of(300)
-    drawn = control_labels(rows, "random", seed=1)
+    drawn = control_labels("random", rows, seed=1)
     whole = np.array([row["confidence"] for row in rows])
     for domain in DOMAINS:
         labels = [row["confidence"] for row in drawn if row["domain"] == domain]
         assert abs(np.mean(labels) - whole.mean()) < 4 * whole.std() / math.sqrt(len(labels))
-    from_buffer = control_labels(rows, "random", 1, overall=[0.25])
-    assert label_histogram(from_buffer)["0.25"] == len(rows)
+    buffer = [{**row, "confidence": 0.25} for row in rows[:2]]
+    counts = label_histogram(control_labels("random", rows, 1, buffer))
+    assert counts == {"0.0": 0, "0.25": len(rows), "0.5": 0, "0.75": 0, "1.0": 0}
 
 
 @pytest.mark.parametrize("control", ["none", "frozen"])
 def test_other_controls_leave_the_labels(control):
     rows = rows_of()
-    assert control_labels(rows, control, 1) == rows and control_labels([], "random", 1) == []
-
-
-def test_the_histogram_names_all_buckets():
-    rows = [{**row, "confidence": 0.5} for row in rows_of(2)]
-    counts = label_histogram(rows)
-    assert counts == {"0.0": 0, "0.25": 0, "0.5": len(rows), "0.75": 0, "1.0": 0}
+    assert control_labels(control, rows, 1) == rows and control_labels("random", [], 1) == []

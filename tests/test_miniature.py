@@ -20,21 +20,17 @@ from foggen.evaluation import evaluated_questions, open_outcomes, outcomes
 from foggen.open_ended import first
 from foggen.questions import TASKS, open_splits, splits
 from foggen.routing import check_outcomes, routing_table
-from foggen.store import Run, read_json, read_jsonl
+from foggen.store import Run, read_jsonl
 
 PROFILES = {"qwen3": "paper", "gemma3": "paper-gemma3-1b"}
 FEW = dict.fromkeys(TASKS, 2)
 
 
 def miniature(folder: Path, family: str, rounds: int) -> Settings:
-    names = {
-        "question": "question",
-        "options": "choices",
-        "answer": "answerKey",
-        "domain": "subject",
-    }
+    names = {"question": "question", "choices": "options", "answerKey": "answer"}
+    names |= {"subject": "domain"}
     rows = [
-        {column: getattr(question, name) for name, column in names.items()}
+        {column: getattr(question, name) for column, name in names.items()}
         for question in make_questions(30)
     ]
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -96,22 +92,6 @@ def test_fourteen_rounds_r15_and_the_evaluation(family: str, tmp_path: Path) -> 
         assert len(check_outcomes(table)) == 6
     stages = {row["stage"].rsplit("-", 1)[0] for row in read_jsonl(run.folder / "manifest.jsonl")}
     assert {"r14-sft", "r14-dev-answers", "r15-labels", "r15-sft", "open-cloud-answers"} <= stages
-
-
-def test_format_install_by_a_larger_sibling(tmp_path: Path) -> None:
-    """An edge model without a chat template learns from a teacher, and takes over its template."""
-    settings = miniature(tmp_path, "gemma3", 1)
-    edge = make_model(tmp_path / "base", 3, "gemma3", hidden=32)
-    (edge / "chat_template.jinja").unlink()
-    install = {"labels_from": settings.edge.model}
-    settings = override(settings, {"edge.model": str(edge), "edge.format_install": install})
-    parts = splits(settings)
-    chain = run_chain(Run(tmp_path / "run", settings), parts["train"], parts["dev"])
-    assert [result.number for result in chain] == [0, 1] and chain[0].training["rows"] == 14
-    assert all((result.model / "chat_template.jinja").exists() for result in chain)
-    assert read_json(chain[1].model / "config.json")["hidden_size"] == 32
-    ends = read_json(chain[1].model / "generation_config.json")["eos_token_id"]
-    assert len(ends) == 2, "the end of a turn ends an answer, beside the model's end of text"
 
 
 def test_released_checkpoints_are_evaluated_without_training(

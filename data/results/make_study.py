@@ -26,6 +26,7 @@ from foggen.config import Settings, load_profile
 from foggen.engines import EngineSlot
 from foggen.questions import TASKS, Question, open_splits, r15_asked, splits
 from foggen.store import LOCK_VARIABLE, ROOT, Run, progress, write_json
+from foggen.training import buffer_model
 
 ALL_PARTS = ("scores", "votes", "verification")
 COLUMNS = """
@@ -100,7 +101,7 @@ def one_round(job: Job) -> Path:
     """The checkpoint of one round on the questions of all rounds, labelled by the raw model."""
     settings = job.run.settings
     plan = chain.round_questions(job.parts["train"], settings)
-    model = chain.buffer_model(settings)
+    model = buffer_model(settings)
     rows = [
         row
         for number, (_, questions) in enumerate(plan)

@@ -24,6 +24,7 @@ from foggen.prompts import BUCKET_TEXTS, BUCKETS
 from foggen.questions import Question, splits
 from foggen.stats import auroc, router_score, tie_sums
 from foggen.store import ROOT, Run, progress, write_json
+from foggen.training import buffer_model
 
 SEEDS = (0, 1, 2)
 
@@ -54,7 +55,7 @@ def one_seed(seed: int) -> dict[str, Any]:
     settings = load_profile("pocket", {"seed": seed})
     run, parts = Run(ROOT / "runs" / "middle" / str(seed), settings), splits(settings)
     questions = {question.id: question for question in parts["train"]}
-    model, buffer = chain.buffer_model(settings), list[SftRow]()
+    model, buffer = buffer_model(settings), list[SftRow]()
     with run.locked(), closing(chain.edge_slot(settings)) as edge:
         for number, (_, drawn) in enumerate(chain.round_questions(parts["train"], settings)):
             name = f"r{number:02d}"

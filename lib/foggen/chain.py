@@ -4,39 +4,36 @@ What takes long is a stage of the run. Knows no engine by name, and nothing of h
 """
 
 import random
-from collections.abc import Callable, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from foggen import labels, open_ended, prompts, stats, training
 from foggen.config import Settings, SettingsError, derive_seed
-from foggen.engines import Engine, EngineError, EngineSlot, make_engine
-from foggen.evaluation import DRAWN, answers, cloud_answers, stage, stage_key
+from foggen.engines import EngineError, EngineSlot, make_engine
+from foggen.evaluation import DRAWN, answers, stage
 from foggen.inputs import model_folder
-from foggen.labels import GOLD, Letters, Questions, Sample, SftRow
-from foggen.questions import OpenQuestion, Question, by_domain, draw, draw_balanced, subset
-from foggen.store import ROOT, Run, digest, progress, read_record, write_jsonl
-from foggen.training import Record
+from foggen.labels import Questions, SftRow
+from foggen.questions import TASKS, Question, by_domain, draw, draw_balanced, subset
+from foggen.store import ROOT, Row, Run, digest, progress, read_record, write_jsonl
+from foggen.training import Job, buffer_model
 
 Plan = list[tuple[str | None, list[Question]]]  # domain (R0: None) and new questions of every round
-Log = Callable[[str], None]
-SHOWN = ("local_accuracy", "mean_confidence", "kept", "parsed", "ece_bucket", "auroc")
+Letters = dict[str, str] | None  # question id -> the cloud's letter; None: the gold letters count
 
 
-@dataclass(frozen=True)
-class Round:
+class Round(NamedTuple):
     """What one round left behind. R0 is the model before the chain; its rows are the buffer."""
 
     number: int
     domain: str | None
     model: Path
     rows: list[SftRow]  # the newly labelled ones
-    training: Record
+    training: Row
     evaluation: pd.DataFrame  # `answers` to the dev questions
     tau: float
     cloud_wrong: int | None  # letters of the cloud that are not gold; None: it was not asked
@@ -49,15 +46,9 @@ class Round:
         metrics = {name: float(values[0]) for name, values in measured.items()}
         return {"n": n, "kept": float((stated >= self.tau).mean()), **metrics}
 
-    def line(self) -> str:
-        """The round in one line."""
-        counts = "/".join(map(str, labels.label_histogram(self.rows).values()))
-        values = "  ".join(f"{name} {self.metrics[name]:.3f}" for name in SHOWN)
-        return f"R{self.number:<2} {self.domain or 'base':<15} labels {counts}  {values}"
-
-    def record(self) -> Record:
+    def record(self) -> Row:
         """A flat row of a table: number, domain, labels by bucket, training and dev metrics."""
-        row: Record = {"number": self.number, "domain": self.domain}
+        row: Row = {"number": self.number, "domain": self.domain}
         row |= {f"labels {name}": n for name, n in labels.label_histogram(self.rows).items()}
         row |= {f"sft {name}": value for name, value in self.training.items()}
         return {**row, "cloud wrong": self.cloud_wrong, **self.metrics}
@@ -67,64 +58,47 @@ class Round:
 # The recipe
 
 
-def run_chain(
-    run: Run, train: Questions, dev: Questions, edge: EngineSlot | None = None, show: Log = progress
-) -> list[Round]:
-    """R0 and all rounds, made or found in the run; `show` gets a line of every round.
+def run_chain(run: Run, train: Questions, dev: Questions, edge: EngineSlot) -> list[Round]:
+    """R0 and all rounds, made or found in the run, with a line of each on stderr.
 
-    `train` feeds the buffer and the rounds; `dev` is what every checkpoint is evaluated on.
+    R0 is the raw edge model, and labels the buffer. With `format_install` a sibling labels it, and
+    R0 has learnt the format from these labels. `train` feeds the buffer and the rounds; `dev` is
+    what every checkpoint is evaluated on.
     """
-    if edge is None:
-        with closing(edge_slot(run.settings)) as slot:
-            return run_chain(run, train, dev, slot, show)
-    plan = round_questions(train, run.settings)
-    dev = subset(dev, run.settings.dev_questions, derive_seed(run.settings.seed, "dev"))
+    s, plan = run.settings, round_questions(train, run.settings)
+    dev = subset(dev, s.dev_questions, derive_seed(s.seed, "dev"))
     if not dev:
         raise SettingsError("no dev questions: give data.sources one of use=dev, or use=divide")
-    cloud = cloud_letters(run, edge, plan)
+    asked = {question.id: question for _, questions in plan for question in questions}
+    cloud = cloud_letters(run, edge, list(asked.values()))
+    model, labeller = model_folder(s.edge.model, s.edge.revision), buffer_model(s)
     rounds: list[Round] = []
-    while len(rounds) < len(plan):
-        rounds.append(next_round(run, edge, rounds, plan, dev, cloud))
-        show(rounds[-1].line())
+    for number, (domain, questions) in enumerate(plan):
+        name, record = f"r{number:02d}", Row()
+        control = partial(labels.control_labels, s.label_control, buffer=buffer_rows(rounds[:1]))
+        # The checkpoint that stands labels new questions, from its answers
+        new = label_questions(run, edge, name, labeller, questions, cloud)
+        new = control(new, derive_seed(s.seed, name, "samples"))
+        # Rows of the buffer are replayed beside them, as a rule with the labels that they have
+        old = replay(buffer_rows(rounds), s.replay_rows, derive_seed(s.seed, name))
+        if s.relabel_replay and old:
+            again, replayed = f"{name}-replay", [asked[row["id"]] for row in old]
+            old = label_questions(run, edge, again, labeller, replayed, cloud)
+            old = control(old, derive_seed(s.seed, again, "samples"))
+        # It learns both; the merged weights are the next checkpoint
+        if s.edge.format_install and not rounds:
+            edge.close()  # the sibling's engine cannot take another architecture's weights
+        if rounds or s.edge.format_install:
+            model, record = fine_tune(run, edge, name, model, [*new, *old])
+        evaluation = answers(run, edge, dev, model, f"{name}-dev")
+        wrong = sum(cloud.get(q.id) != q.answer for q in questions) if cloud else None
+        rounds.append(Round(number, domain, model, new, record, evaluation, s.tau, wrong))
+        labeller = rounds[0].model if s.label_control == "frozen" else model
+        shown = (
+            "right {local_accuracy:.3f}  kept {kept:.3f}  ECE {ece_bucket:.3f}  AUROC {auroc:.3f}"
+        )
+        progress(f"R{number:<2} {domain or 'base':<15} {shown.format(**rounds[-1].metrics)}")
     return rounds
-
-
-def next_round(
-    run: Run, edge: EngineSlot, rounds: list[Round], plan: Plan, dev: Questions, cloud: Letters
-) -> Round:
-    """The round that follows `rounds`. R0 is the raw edge model, and labels the buffer.
-
-    With `format_install` a sibling labels the buffer, and R0 has learnt the format from its labels.
-    """
-    s, number = run.settings, len(rounds)
-    name, (domain, questions) = f"r{number:02d}", plan[number]
-    model = rounds[-1].model if rounds else model_folder(s.edge.model, s.edge.revision)
-    labeller = model if rounds else buffer_model(s)
-    if rounds and s.label_control == "frozen":
-        labeller = rounds[0].model
-    overall = [row["confidence"] for row in rounds[0].rows] if rounds else []
-
-    def label(name: str, questions: Questions) -> list[SftRow]:
-        rows = label_questions(run, edge, name, labeller, questions, cloud)
-        seed = derive_seed(s.seed, name, "samples")
-        return labels.control_labels(rows, s.label_control, seed, overall)
-
-    # The checkpoint that stands labels new questions, from its answers
-    new = label(name, questions)
-    # Rows of the buffer are replayed beside them, as a rule with the labels that they have
-    old = replay(buffer_rows(rounds), s.replay_rows, derive_seed(s.seed, name))
-    if s.relabel_replay and old:
-        by_id = {question.id: question for _, questions in plan for question in questions}
-        old = label(f"{name}-replay", [by_id[row["id"]] for row in old])
-    # It learns both; the merged weights are the next checkpoint
-    record: Record = {}
-    if s.edge.format_install and not rounds:
-        edge.close()  # the sibling's engine cannot take another architecture's weights
-    if rounds or s.edge.format_install:
-        model, record = fine_tune(run, edge, name, model, [*new, *old])
-    evaluation = answers(run, edge, dev, model, f"{name}-dev")
-    wrong = sum(cloud.get(q.id) != q.answer for q in questions) if cloud else None
-    return Round(number, domain, model, new, record, evaluation, s.tau, wrong)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -144,9 +118,8 @@ def round_questions(train: Questions, settings: Settings) -> Plan:
     a domain without questions.
     """
     pools = by_domain(train)
-    if missing := [domain for domain in settings.domains if domain not in pools]:
-        reason = f"no training questions for {', '.join(missing)}; there are {', '.join(pools)}"
-        raise SettingsError(f"domains: {reason}")
+    if missing := set(settings.domains) - pools.keys():
+        raise SettingsError(f"domains: no training questions for {missing}; there are {[*pools]}")
     plan: Plan = [(None, calibration_questions(train, settings))]
     for number in range(1, settings.rounds + 1):
         domain = settings.domains[(number - 1) % len(settings.domains)]
@@ -156,19 +129,17 @@ def round_questions(train: Questions, settings: Settings) -> Plan:
     return plan
 
 
-def cloud_letters(run: Run, edge: EngineSlot, plan: Plan) -> Letters:
-    """The cloud's letters to all questions of the plan, if the settings use them; asked for once.
+def cloud_letters(run: Run, edge: EngineSlot, questions: Questions) -> Letters:
+    """The cloud's letters to the questions, asked for once; None where the settings use none.
 
     An unreadable answer has none. Raises EngineError where the cloud failed (`keep_local`).
     """
     if "cloud" not in (run.settings.answer_target, run.settings.label_reference):
-        return GOLD
-    questions = {question.id: question for _, questions in plan for question in questions}
-    table = cloud_answers(run, edge, list(questions.values()), "chain")
-    readable = table.dropna(subset="local_answer")
-    if table["failed"].any() or readable.empty:
+        return None
+    table = answers(run, edge, questions, None, "chain-cloud")
+    if table["failed"].any():
         raise EngineError("the cloud did not answer all training questions; run again to resume")
-    return dict(zip(readable["id"], readable["local_answer"], strict=True))
+    return dict(table.set_index("id")["local_answer"].dropna())
 
 
 def buffer_rows(rounds: Sequence[Round]) -> list[SftRow]:
@@ -192,15 +163,8 @@ def edge_slot(settings: Settings) -> EngineSlot:
     return EngineSlot(lambda model: make_engine(settings.engine, model, **options))
 
 
-def buffer_model(settings: Settings) -> Path:
-    """The model that labels R0's buffer: the edge model, or the teacher of the format."""
-    install, edge = settings.edge.format_install, settings.edge
-    model = (install.labels_from, install.revision) if install else (edge.model, edge.revision)
-    return model_folder(*model)
-
-
 def label_questions(
-    run: Run, edge: EngineSlot, name: str, model: Path, questions: Questions, cloud: Letters = GOLD
+    run: Run, edge: EngineSlot, name: str, model: Path, questions: Questions, cloud: Letters = None
 ) -> list[SftRow]:
     """Training rows for `questions`, labelled by what the checkpoint `model` answers to them.
 
@@ -208,37 +172,32 @@ def label_questions(
     a question without one is left out, and so is one without a letter to teach.
     """
     s, seed = run.settings, derive_seed(run.settings.seed, name, "samples")
-    if cloud:
-        questions = [question for question in questions if question.id in cloud]
-    reference = cloud if s.label_reference == "cloud" else GOLD
-    taught = cloud if s.answer_target == "cloud" else GOLD
-
-    def ask(engine: Engine) -> list[Sample]:
-        if s.labels == "exact":
-            return labels.exact_answers(engine, questions, s, reference)
-        return labels.sample_answers(engine, questions, s, seed, reference)
-
-    right = digest([reference.get(question.id) for question in questions])
-    key = stage_key(s, questions, *DRAWN, "labels", seed=seed, reference=right)
-    samples = stage(run, edge, model, f"{name}-samples", key, ask, labels)
-    pairs = zip(questions, samples, strict=True)
-    rows = [labels.training_row(question, sample, s, taught) for question, sample in pairs]
+    letters = {q.id: q.answer for q in questions} if cloud is None else cloud
+    asked = [question for question in questions if question.id in letters]
+    theirs = [question.model_copy(update={"answer": letters[question.id]}) for question in asked]
+    judged = theirs if s.label_reference == "cloud" else asked
+    taught = theirs if s.answer_target == "cloud" else asked
+    ask = partial(labels.sample_answers, settings=s, seed=seed)
+    if s.labels == "exact":
+        ask = partial(labels.exact_answers, settings=s)
+    key = {**s.only(*DRAWN, "labels"), "seed": seed}
+    samples = stage(run, edge, model, f"{name}-samples", ask, judged, key)
+    rows = [labels.training_row(q, sample, s) for q, sample in zip(taught, samples, strict=True)]
     return [row for row in rows if row]
 
 
 def fine_tune(
-    run: Run, edge: EngineSlot, name: str, model: Path, rows: Sequence[SftRow]
-) -> tuple[Path, Record]:
+    run: Run, edge: EngineSlot, name: str, model: Path, rows: list[SftRow]
+) -> tuple[Path, Row]:
     """The next checkpoint, `model` trained on `rows`, and the record that `training.sft` gives."""
     s, seed = run.settings, derive_seed(run.settings.seed, name, "sft")
 
     def compute(folder: Path) -> None:
         write_jsonl(folder / "rows.jsonl", rows)
         edge.sleep()  # the GPU is the training's
-        out = folder / "model"
-        training.train(training.Job(model=model, rows=rows, settings=s, out=out, seed=seed))
+        training.train(Job(model=model, rows=rows, settings=s, out=folder / "model", seed=seed))
 
-    key = {**s.only("lora", "sft", "training", "dtype"), "rows": digest(list(rows)), "seed": seed}
+    key = {**s.only("lora", "sft", "training", "dtype"), "rows": digest(rows), "seed": seed}
     inputs = [model, buffer_model(s)] if s.edge.format_install else [model]
     folder = run.cached(f"{name}-sft", key, compute, inputs, [prompts, training])
     return folder / "model", read_record(folder / "training.json")
@@ -263,34 +222,33 @@ def trained_checkpoint(run: Run) -> Path:
 
 
 class Branch(NamedTuple):
-    """The branch round: its checkpoint, new rows, counts per task, replayed rows and training."""
+    """The branch round: its checkpoint and training, new rows, replayed rows, and all questions."""
 
     model: Path
+    training: Row
     rows: list[SftRow]
-    counts: list[dict[str, Any]]  # see `open_ended.r15_rows`
     replayed: list[SftRow]
-    training: Record
+    labelled: list[SftRow]  # `open_ended.open_row` of every question, taught or not
 
 
 def run_r15(
-    run: Run, rounds: Sequence[Round], questions: Sequence[OpenQuestion], edge: EngineSlot
+    run: Run, rounds: Sequence[Round], questions: open_ended.Questions, edge: EngineSlot
 ) -> Branch:
     """One more round from the chain's last checkpoint, which labels open-ended `questions`.
 
-    The chain stays as it is, and replayed rows keep their labels.
+    Every task stops at its number of rows in `open_ended.r15`. The chain stays as it is, and
+    replayed rows keep their labels.
     """
     s, model, seed = run.settings, rounds[-1].model, derive_seed(run.settings.seed, "r15")
-
-    def ask(engine: Engine) -> list[Record]:
-        rows, counts = open_ended.r15_rows(engine, questions, s, seed)
-        return [{"rows": rows, "counts": counts}]
-
-    key = stage_key(s, questions, *DRAWN, "tie", "open_ended", seed=seed)
-    (labelled,) = stage(run, edge, model, "r15-labels", key, ask, labels, open_ended)
-    new, old = labelled["rows"], replay(buffer_rows(rounds), s.open_ended.r15.replay, seed)
+    ask = partial(open_ended.r15_rows, settings=s, seed=seed)
+    key = {**s.only(*DRAWN, "tie", "open_ended"), "seed": seed}
+    labelled = stage(run, edge, model, "r15-labels", ask, questions, key)
+    new: list[SftRow] = []
+    for task in TASKS:
+        rows = [row for row in labelled if row["domain"] == task and row["target"]]
+        new += rows[: getattr(s.open_ended.r15, task)]
+    old = replay(buffer_rows(rounds), s.open_ended.r15.replay, seed)
     if s.open_ended.r15_model:  # trained by others on other rows; these are for the eye
-        branch = model_folder(s.open_ended.r15_model, s.open_ended.r15_revision)
-        record: Record = {"rows": len(new) + len(old), "too_long": 0, "steps": 0}
-    else:
-        branch, record = fine_tune(run, edge, "r15", model, [*new, *old])
-    return Branch(branch, new, labelled["counts"], old, record)
+        model = model_folder(s.open_ended.r15_model, s.open_ended.r15_revision)
+        return Branch(model, {"steps": 0}, new, old, labelled)
+    return Branch(*fine_tune(run, edge, "r15", model, [*new, *old]), new, old, labelled)

@@ -64,7 +64,7 @@ class Training(Part):
 
     max_length: PositiveInt  # tokens per row; longer rows are left out, and counted
     attn_implementation: str
-    processes: PositiveInt  # GPUs, through accelerate launch
+    processes: PositiveInt  # GPUs, one for each process
 
 
 class FormatInstall(Part):

@@ -4,13 +4,11 @@ Every part is asked for once and kept in the run: `outcomes` -> `answers` -> `gr
 `engine.generate`, with the cache (`stage`) in between. Knows no metric, and no training.
 """
 
-import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pandas as pd
@@ -22,17 +20,17 @@ from foggen.config import Settings, derive_seed
 from foggen.engines import NOTHING, Engine, EngineSlot, Sampling, make_engine
 from foggen.inputs import model_folder
 from foggen.labels import Questions
-from foggen.questions import OpenQuestion, Question, subset
-from foggen.store import ROOT, Run, digest, progress, read_record
+from foggen.questions import Question, subset
+from foggen.store import ROOT, Row, Run, digest, progress, read_record
 
 MODEL = ("engine", "engine_options", "dtype")  # what every answer of a checkpoint depends on
 CLOUD = ("cloud", "dtype")
 DRAWN = ("samples", "temperature", "top_p", "top_k", "max_new_tokens")
 PARTS = ("scores", "votes", "verification")
 Parts = Sequence[str]
-OpenQuestions = Sequence[OpenQuestion]
-Rows = list[dict[str, Any]]
-Ask = Callable[[Engine], Rows]
+Model = Path | None  # the folder of a checkpoint; None: the cloud
+Letters = list[str | None]  # None: unreadable
+Ask = partial[list[Row]]  # a function of an engine and questions
 
 
 def evaluated_questions(test: Questions, settings: Settings) -> list[Question]:
@@ -40,12 +38,12 @@ def evaluated_questions(test: Questions, settings: Settings) -> list[Question]:
     return subset(test, settings.test_questions, seed=0)
 
 
-def greedy_answers(engine: Engine, questions: Questions, settings: Settings) -> Rows:
+def greedy_answers(engine: Engine, questions: Questions, settings: Settings) -> list[Row]:
     """One greedy pass, a row per question:
 
-    {"id": "law-7", "domain": "law", "fact": "law/3", "gold": "A", "n_options": 4,
-     "local_answer": "B", "local_correct": 0, "confidence": 0.25, "local_tokens": 5,
-     "text": "Confidence: 0.25\\nFinal answer: B", "failed": 0}
+    {"id": "law-7", "domain": "law", "question": "Who may ...?", "fact": "law/3", "gold": "A",
+     "n_options": 4, "local_answer": "B", "local_correct": 0, "confidence": 0.25,
+     "local_tokens": 5, "text": "Confidence: 0.25\\nFinal answer: B", "failed": 0}
 
     An unreadable answer or confidence is None, and so is the confidence of an unreadable answer:
     nothing can be kept of it. `failed`: the cloud gave no text, not even an empty one.
@@ -56,7 +54,7 @@ def greedy_answers(engine: Engine, questions: Questions, settings: Settings) -> 
     for question, completions in zip(questions, replies, strict=True):
         reply = completions[0] if completions else NOTHING
         confidence, answer = prompts.parse_response(reply.text, len(question.options))
-        row = question.model_dump(include={"id", "domain", "fact"})
+        row = question.model_dump(include={"id", "domain", "question", "fact"})
         row |= {"gold": question.answer, "n_options": len(question.options)}
         row |= {"local_answer": answer, "local_correct": int(answer == question.answer)}
         row |= {"confidence": confidence if answer else None, "local_tokens": reply.tokens}
@@ -68,44 +66,39 @@ def greedy_answers(engine: Engine, questions: Questions, settings: Settings) -> 
 # The cache
 
 
-def stage_key(
-    settings: Settings, questions: Questions | OpenQuestions, *names: str, **values: Any
-) -> dict[str, Any]:
-    """The key of a stage: what its answers depend on, beside model and code."""
-    contents = digest([question.model_dump(mode="json") for question in questions])
-    return {**settings.only("prompt_variant", *names), **values, "questions": contents}
-
-
 class CloudFailed(Exception):
     """Some questions got no text of the cloud; carries all rows past the cache."""
 
 
 def stage(
-    run: Run, edge: EngineSlot, model: Path | None, name: str, key: Any, ask: Ask, *code: ModuleType
-) -> Rows:
-    """The rows that `ask` gets from the checkpoint `model` (None: from the cloud), asked for once.
+    run: Run, edge: EngineSlot, model: Model, name: str, ask: Ask, questions: Any, key: Row
+) -> list[Row]:
+    """The rows that `ask(engine, questions)` gets from the checkpoint `model`, or the cloud.
 
-    Where the cloud failed, rows are counted and shown, but not kept: the next run asks again.
+    They are asked for once. `key`: what they depend on beside model, code, prompts and questions,
+    as plain values. Where the cloud failed, rows are counted and shown, but not kept: the next run
+    asks again.
     """
-    cloud, key = run.settings.cloud, key | run.settings.only(*(MODEL if model else CLOUD))
-    inputs = [model] if model else []
+    key = {**key, **run.settings.only("prompt_variant", *(MODEL if model else CLOUD))}
+    key["questions"] = digest([question.model_dump(mode="json") for question in questions])
+    modules = [prompts, engines, labels, sys.modules[__name__], sys.modules[ask.func.__module__]]
+    cloud, inputs = run.settings.cloud, [model] if model else []
     if not model and cloud.engine != "openai":
         inputs = [model_folder(cloud.model, cloud.revision)]
 
-    def compute() -> Rows:
+    def compute() -> list[Row]:
         if model:
-            return ask(edge.load(model))
+            return ask(edge.load(model), questions)
         if inputs:
             edge.close()  # room for the cloud; in one process two vLLM engines kill each other
         with closing(cloud_engine(run.settings)) as engine:
-            rows = ask(engine)
+            rows = ask(engine, questions)
         if failed := sum(row["failed"] for row in rows):
             progress(f"  {name}: no answer to {failed} of {len(rows)}; the next run asks again")
             raise CloudFailed(rows)
         return rows
 
     try:
-        modules = [prompts, engines, sys.modules[__name__], *code]
         return run.cached_rows(name, key, compute, inputs, modules)
     except CloudFailed as failure:
         return list(failure.args[0])
@@ -125,23 +118,15 @@ def cloud_engine(settings: Settings) -> Engine:
 # Multiple choice; `name`: a set of questions and a checkpoint, such as `test-r14`
 
 
-def answers(
-    run: Run, edge: EngineSlot, questions: Questions, model: Path | None, name: str
-) -> Table:
-    """`greedy_answers` of a checkpoint (None: of the cloud), with the questions' texts."""
-    ask = partial(greedy_answers, questions=questions, settings=run.settings)
-    key = stage_key(run.settings, questions, "max_new_tokens")
-    rows = stage(run, edge, model, f"{name}-answers", key, ask)
-    texts = [question.question for question in questions]
-    return Table(rows).assign(question=texts).astype({"confidence": float})
+def answers(run: Run, edge: EngineSlot, questions: Questions, model: Model, name: str) -> Table:
+    """`greedy_answers` of a checkpoint, or of the cloud to the very same prompts."""
+    ask = partial(greedy_answers, settings=run.settings)
+    key = run.settings.only("max_new_tokens")
+    rows = stage(run, edge, model, f"{name}-answers", ask, questions, key)
+    return Table(rows).astype({"confidence": float})
 
 
-def cloud_answers(run: Run, edge: EngineSlot, questions: Questions, name: str) -> Table:
-    """`greedy_answers` of the cloud, to the very prompts that the edge model gets."""
-    return answers(run, edge, questions, None, f"{name}-cloud")
-
-
-def answer_letters(table: Table) -> list[str | None]:
+def answer_letters(table: Table) -> Letters:
     """The letters in a table of `answers`; None where unreadable."""
     return [None if pd.isna(letter) else str(letter) for letter in table["local_answer"]]
 
@@ -149,63 +134,62 @@ def answer_letters(table: Table) -> list[str | None]:
 def scores(run: Run, edge: EngineSlot, questions: Questions, model: Path, name: str) -> Table:
     """Exact probabilities: E[c], the likeliest letter's share, and P(True) of the greedy answer."""
     letters = answer_letters(answers(run, edge, questions, model, name))
-
-    def ask(engine: Engine) -> Rows:
-        exact = labels.score_answers(engine, questions, run.settings.prompt_variant)
-        rows = []
-        for score, p in zip(exact, p_true(engine, questions, letters), strict=True):
-            row = {"expected_confidence": score.expected_confidence, "p_true": p}
-            rows.append({**row, "option_probability": score.option_probability})
-        return rows
-
-    key = stage_key(run.settings, questions, answers=digest(letters))
-    return Table(stage(run, edge, model, f"{name}-scores", key, ask, labels)).astype(float)
+    ask = partial(score_rows, letters=letters, variant=run.settings.prompt_variant)
+    key = {"answers": digest(letters)}
+    return Table(stage(run, edge, model, f"{name}-scores", ask, questions, key)).astype(float)
 
 
-def p_true(engine: Engine, questions: Questions, letters: Sequence[str | None]) -> list[float]:
+def score_rows(
+    engine: Engine, questions: Questions, letters: Letters, variant: prompts.Variant
+) -> list[Row]:
+    """A row of `scores` for every question and the letter that was answered to it."""
+    exact = Table(labels.score_answers(engine, questions, variant)).drop(columns="letters")
+    table = exact.assign(p_true=p_true(engine, questions, letters))
+    return list(table.to_dict("records"))
+
+
+def p_true(engine: Engine, questions: Questions, letters: Letters) -> list[float | None]:
     """P(True): the probability of the verdict "Correct" against "Incorrect", without reasoning.
 
-    NaN for an answer that could not be read (None): there is nothing to judge.
+    None for an answer that could not be read (None): there is nothing to judge.
     """
     decide = {"role": "assistant", "content": prompts.VERIFY_DECISION}
     pairs = zip(questions, letters, strict=True)
     messages = [[*prompts.verify_messages(q, letter), decide] for q, letter in pairs if letter]
-    logs = iter(engine.score(messages, [[" Correct.", " Incorrect."]] * len(messages)))
-    verdicts = [next(logs) if letter else (math.nan, math.nan) for letter in letters]
-    return [float(expit(correct - incorrect)) for correct, incorrect in verdicts]
+    logs = engine.score(messages, [[" Correct.", " Incorrect."]] * len(messages))
+    shares = iter([float(expit(correct - incorrect)) for correct, incorrect in logs])
+    return [next(shares) if letter else None for letter in letters]
 
 
 def votes(run: Run, edge: EngineSlot, questions: Questions, model: Path, name: str) -> Table:
     """The letters of the recipe's samples, one per sample, and the tokens that they took."""
     seed = derive_seed(run.settings.seed, name.partition("-")[0], "votes")
-    ask = partial(labels.sample_answers, questions=questions, settings=run.settings, seed=seed)
-    key = stage_key(run.settings, questions, *DRAWN, seed=seed)
-    samples = Table(stage(run, edge, model, f"{name}-votes", key, ask, labels))
-    return samples[["votes", "tokens"]].rename(columns={"tokens": "sample_tokens"})
+    ask = partial(labels.sample_answers, settings=run.settings, seed=seed)
+    key = {**run.settings.only(*DRAWN), "seed": seed}
+    rows = stage(run, edge, model, f"{name}-votes", ask, questions, key)
+    return Table(rows)[["votes", "tokens"]].rename(columns={"tokens": "sample_tokens"})
 
 
-def verifications(
-    run: Run, edge: EngineSlot, questions: Questions, model: Path, name: str
-) -> Table:
-    """AutoMix's verifications of the greedy answers, with their texts: see `automix.verify`."""
+def verification(run: Run, edge: EngineSlot, questions: Questions, model: Path, name: str) -> Table:
+    """AutoMix's verifications of the greedy answers: the share that says correct, and tokens."""
     letters, rule = answer_letters(answers(run, edge, questions, model, name)), run.settings.automix
     seed = derive_seed(run.settings.seed, name.partition("-")[0], "verification")
     sampling = Sampling(rule.k, rule.temperature, rule.max_new_tokens, seed)
-    ask = partial(automix.verify, questions=questions, answers=letters, sampling=sampling)
-    key = stage_key(run.settings, questions, "automix", answers=digest(letters), seed=seed)
-    return Table(stage(run, edge, model, f"{name}-verification", key, ask, automix))
+    ask = partial(automix.verify, answers=letters, sampling=sampling)
+    key = {**run.settings.only("automix"), "answers": digest(letters), "seed": seed}
+    rows = stage(run, edge, model, f"{name}-verification", ask, questions, key)
+    return Table(rows).drop(columns="texts")
 
 
 def outcomes(
     run: Run, edge: EngineSlot, questions: Questions, model: Path, name: str, parts: Parts = PARTS
 ) -> Table:
     """The outcomes table of a checkpoint, in the columns of `routing.Outcome`, with these parts."""
-    measures = {"scores": scores, "votes": votes, "verification": verifications}
+    measures = {"scores": scores, "votes": votes, "verification": verification}
     tables = [measures[part](run, edge, questions, model, name) for part in parts]
     table = pd.concat([answers(run, edge, questions, model, name), *tables], axis=1)
-    cloud = cloud_answers(run, edge, questions, name.partition("-")[0])
-    table = beside_cloud(table.drop(columns="texts", errors="ignore"), cloud)
-    return table.assign(seed=run.settings.seed)
+    cloud = answers(run, edge, questions, None, f"{name.partition('-')[0]}-cloud")
+    return beside_cloud(table, cloud).assign(seed=run.settings.seed)
 
 
 def beside_cloud(local: Table, cloud: Table) -> Table:
@@ -225,27 +209,15 @@ def beside_cloud(local: Table, cloud: Table) -> Table:
 
 
 def open_outcomes(
-    run: Run, edge: EngineSlot, questions: OpenQuestions, model: Path, name: str
+    run: Run, edge: EngineSlot, questions: open_ended.Questions, model: Path, name: str
 ) -> Table:
     """The outcomes table of a checkpoint on open-ended questions, with a task for a domain."""
     limits = run.settings.open_ended.max_new_tokens.model_dump()
-    ask = partial(open_ended.evaluate_open, questions=questions, max_new_tokens=limits)
-    key = stage_key(run.settings, questions, limits=limits)
-    local = stage(run, edge, model, f"{name}-answers", key, ask, open_ended)
-    cloud = stage(run, edge, None, f"{name.partition('-')[0]}-cloud-answers", key, ask, open_ended)
-    table = beside_cloud(Table(local), Table(cloud)).astype({"confidence": float})
-    return table.assign(seed=run.settings.seed)
-
-
-def judged(run: Run, edge: EngineSlot, questions: OpenQuestions, model: Path, name: str) -> Table:
-    """The cloud's grades of a checkpoint's TruthfulQA answers: see `open_ended.judge`."""
-    table = open_outcomes(run, edge, questions, model, name)
-    texts = answer_letters(table[table["task"] == "truthfulqa"])
-    graded = [question for question in questions if question.task == "truthfulqa"]
-    ask = partial(open_ended.judge, questions=graded, answers=texts)
-    key = stage_key(run.settings, graded, answers=digest(texts))
-    rows = stage(run, edge, None, f"{name}-judged", key, ask, open_ended)
-    return Table(rows).astype({"correct": float})
+    ask = partial(open_ended.evaluate_open, max_new_tokens=limits)
+    asked, cloud = (ask, questions, {"limits": limits}), name.partition("-")[0]
+    local = Table(stage(run, edge, model, f"{name}-answers", *asked))
+    table = beside_cloud(local, Table(stage(run, edge, None, f"{cloud}-cloud-answers", *asked)))
+    return table.astype({"confidence": float}).assign(seed=run.settings.seed)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -259,7 +231,6 @@ def study_tables(settings: Settings) -> dict[str, Table] | None:
     """
     folder = ROOT / "data" / "results" / settings.name
     stored = read_record(folder / "study.json").get("settings", {})
-    recipe = settings.model_dump(mode="json", exclude={"seed", "seeds"})
-    if any(stored.get(name) != value for name, value in recipe.items()):
+    if stored | settings.only("seed", "seeds") != settings.model_dump(mode="json"):
         return None
     return {file.stem: pd.read_parquet(file) for file in sorted(folder.glob("*.parquet"))}

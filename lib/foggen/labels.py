@@ -6,9 +6,7 @@ model is run, trained or stored.
 
 import math
 import random
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -20,10 +18,8 @@ from foggen.config import Settings
 from foggen.engines import PURE, Engine, Sampling
 from foggen.questions import Question
 
-Floats = NDArray[np.floating[Any]]
 Questions = Sequence[Question]
-Letters = Mapping[str, str]  # question id -> letter
-GOLD: Letters = {}  # no letters in place of the gold ones
+Shares = Mapping[str, float]  # letter -> share of the answers, or probability
 Sample = dict[str, Any]  # what a checkpoint knows of one question: see `judged_sample`
 SftRow = dict[str, Any]  # one row of a training: see `training_row`
 
@@ -44,17 +40,16 @@ def bucket(p: float, tie: Literal["up", "down"] = "up") -> float:
 
 def recipe_sampling(settings: Settings, seed: int = 0) -> Sampling:
     """How the recipe draws answers: `samples` of them at its temperature, top_p and top_k."""
-    sampling = Sampling(settings.samples, settings.temperature, settings.max_new_tokens, seed)
-    return replace(sampling, top_p=settings.top_p, top_k=settings.top_k)
+    drawn = settings.only("temperature", "top_p", "top_k")
+    return Sampling(settings.samples, max_tokens=settings.max_new_tokens, seed=seed, **drawn)
 
 
 def sample_answers(
-    engine: Engine, questions: Questions, settings: Settings, seed: int, reference: Letters = GOLD
+    engine: Engine, questions: Questions, settings: Settings, seed: int
 ) -> list[Sample]:
     """Answers every question `samples` times, and counts the right answers: see `judged_sample`.
 
     Each sample has the answers' `texts` too, and `tokens`, their number of tokens in all.
-    `reference`: letters that count as right in place of the gold ones, by question id.
     """
     messages = [prompts.mcq_messages(question, settings.prompt_variant) for question in questions]
     replies = engine.generate(messages, recipe_sampling(settings, seed))
@@ -65,14 +60,11 @@ def sample_answers(
         votes = "".join(letter or "-" for letter in read)
         shares = {letter: votes.count(letter) / len(votes) for letter in votes if letter != "-"}
         tokens = sum(completion.tokens for completion in completions)
-        sample = judged_sample(question, shares, reference, votes)
-        samples.append({**sample, "texts": texts, "tokens": tokens})
+        samples.append({**judged_sample(question, shares, votes), "texts": texts, "tokens": tokens})
     return samples
 
 
-def judged_sample(
-    question: Question, shares: Mapping[str, float], reference: Letters, votes: str | None = None
-) -> Sample:
+def judged_sample(question: Question, shares: Shares, votes: str | None = None) -> Sample:
     """The sample of a question whose letters were given with these shares (or probabilities).
 
     {"id": "law-7", "p_correct": 0.75, "majority_answer": "A", "votes": "AABA-AAA"}
@@ -80,9 +72,8 @@ def judged_sample(
     `p_correct`: share (or probability) of right answers. `votes`: one letter per answer, `-` for an
     unreadable one; None where probabilities were read instead (`labels: exact`).
     """
-    possible = {letter: share for letter, share in shares.items() if share}
-    majority = max(possible, key=possible.__getitem__, default=None)  # the first among equals
-    p = shares.get(reference.get(question.id, question.answer), 0.0)
+    majority = max(shares, key=shares.__getitem__, default=None)  # the first among equals
+    p = shares.get(question.answer, 0.0)
     return {"id": question.id, "p_correct": p, "majority_answer": majority, "votes": votes}
 
 
@@ -93,7 +84,7 @@ def judged_sample(
 class AnswerScores(NamedTuple):
     """What a model's probabilities say of one question. NaN where every answer is impossible."""
 
-    letters: Floats  # (options,): P(letter) in the answer format, whatever the confidence before it
+    letters: NDArray[np.float64]  # (options,): P(letter), whatever the confidence before it
     expected_confidence: float  # E[c], the mean bucket: a confidence with more than five levels
     option_probability: float  # the likeliest letter's share among the letters
 
@@ -122,19 +113,17 @@ def score_answers(
     return scores
 
 
-def exact_answers(
-    engine: Engine, questions: Questions, settings: Settings, reference: Letters = GOLD
-) -> list[Sample]:
+def exact_answers(engine: Engine, questions: Questions, settings: Settings) -> list[Sample]:
     """As `sample_answers`, with the probability of a right answer: its share in endless samples.
 
     Only answers in the full format count, so a model off the format gets lower labels than from
     samples, where a right letter counts after any confidence.
     """
-    sampling, samples = recipe_sampling(settings), []
-    scores = score_answers(engine, questions, settings.prompt_variant, sampling)
+    scores = score_answers(engine, questions, settings.prompt_variant, recipe_sampling(settings))
+    samples = []
     for question, score in zip(questions, scores, strict=True):
-        shares = dict(zip(prompts.LETTERS, score.letters.tolist(), strict=False))
-        samples.append(judged_sample(question, shares, reference))
+        pairs = zip(prompts.LETTERS, score.letters.tolist(), strict=False)
+        samples.append(judged_sample(question, {letter: p for letter, p in pairs if p}))
     return samples
 
 
@@ -142,10 +131,8 @@ def exact_answers(
 # Labels
 
 
-def training_row(
-    question: Question, sample: Sample, settings: Settings, cloud: Letters = GOLD
-) -> SftRow | None:
-    """The row that teaches a question with its label, and the gold letter, or that of `cloud`.
+def training_row(question: Question, sample: Sample, settings: Settings) -> SftRow | None:
+    """The row that teaches a question with its label and the gold letter.
 
     {"id": "law-7", "domain": "law", "messages": [{"role": "system", "content": ...}, ...],
      "target": "Confidence: 0.75\\nFinal answer: A", "answer": "A", "confidence": 0.75,
@@ -153,9 +140,7 @@ def training_row(
 
     With `answer_target: self` it teaches the majority letter; None where there is none to teach.
     """
-    answer: str | None = cloud.get(question.id, question.answer)
-    if settings.answer_target == "self":
-        answer = sample["majority_answer"]
+    answer = sample["majority_answer"] if settings.answer_target == "self" else question.answer
     if answer is None:
         return None
     label = bucket(sample["p_correct"], settings.tie)
@@ -166,29 +151,27 @@ def training_row(
 
 
 def control_labels(
-    rows: Sequence[SftRow], control: str, seed: int, overall: Sequence[float] = ()
+    control: str, rows: Sequence[SftRow], seed: int, buffer: Sequence[SftRow] = ()
 ) -> list[SftRow]:
     """Rows whose labels say nothing about their question: what they teach is not knowledge.
 
-    `random` draws every label from `overall` (else from the rows' labels), so that not even a
-    domain's level is left; `permuted` exchanges labels within a domain; others leave them.
+    `random` draws every label from those of the `buffer` (R0 has none: of the rows), so that not
+    even a domain's level is left; `permuted` exchanges labels within a domain; others leave them.
     """
-    labels, rng = [row["confidence"] for row in rows], random.Random(seed)
+    labels, rng = np.array([row["confidence"] for row in rows]), random.Random(seed)
     if control == "random":
-        labels = rng.choices(list(overall) or labels, k=len(rows))
+        labels = np.array(rng.choices([row["confidence"] for row in buffer or rows], k=len(rows)))
     elif control == "permuted":
         for domain in sorted({row["domain"] for row in rows}):
             places = [place for place, row in enumerate(rows) if row["domain"] == domain]
-            for place, source in zip(places, rng.sample(places, len(places)), strict=True):
-                labels[place] = rows[source]["confidence"]
+            labels[places] = labels[rng.sample(places, len(places))]
     return [
         {**row, "confidence": label, "target": prompts.target_text(label, row["answer"])}
-        for row, label in zip(rows, labels, strict=True)
+        for row, label in zip(rows, labels.tolist(), strict=True)
     ]
 
 
-def label_histogram(rows: Iterable[SftRow]) -> dict[str, int]:
+def label_histogram(rows: Sequence[SftRow]) -> dict[str, int]:
     """Rows per label: {"0.0": 12, "0.25": 3, "0.5": 9, "0.75": 11, "1.0": 45}."""
-    counts = Counter(row["confidence"] for row in rows)
-    pairs = zip(prompts.BUCKET_TEXTS, prompts.BUCKETS, strict=True)
-    return {text: counts[value] for text, value in pairs}
+    labels = [row["confidence"] for row in rows]
+    return {text: labels.count(float(text)) for text in prompts.BUCKET_TEXTS}

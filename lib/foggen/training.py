@@ -9,22 +9,18 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from foggen.config import Settings, SettingsError
+from foggen.config import Settings
 from foggen.inputs import model_folder
 from foggen.prompts import Messages, encode_chat, plain_ids, turn_end_ids
-from foggen.store import ROOT, read_json, write_json, write_text
+from foggen.store import ROOT, Row, read_json, write_json, write_text
 
 CARD = ROOT / "data" / "checkpoint_card.md"
-LAUNCH = "accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no"
-LAUNCH += " --dynamo_backend no --main_process_port 0 --num_processes"
-
-Record = dict[str, Any]
+LAUNCH = "torch.distributed.run --standalone --nproc-per-node"
 
 
 class TrainingError(RuntimeError):
@@ -35,7 +31,7 @@ class Job(BaseModel):
     """One training: `model` learns `rows` (`messages`, `target`); the result is saved in `out`."""
 
     model: Path
-    rows: Sequence[Mapping[str, Any]]
+    rows: list[Row]
     settings: Settings
     out: Path
     seed: int
@@ -49,16 +45,21 @@ def limit_threads(settings: Settings) -> None:
         torch.set_num_threads(settings.threads)
 
 
+def buffer_model(settings: Settings) -> Path:
+    """The model that labels R0's buffer: the edge model, or the teacher of the format."""
+    install, edge = settings.edge.format_install, settings.edge
+    model = (install.labels_from, install.revision) if install else (edge.model, edge.revision)
+    return model_folder(*model)
+
+
 def load_tokenizer(model: Path, settings: Settings) -> Any:
     """The tokenizer of a model; one without a chat template takes that of the format's teacher."""
     from transformers import AutoTokenizer
 
-    tokenizer, install = AutoTokenizer.from_pretrained(model), settings.edge.format_install
-    if install and not tokenizer.chat_template:
-        other = AutoTokenizer.from_pretrained(model_folder(install.labels_from, install.revision))
-        if other.get_vocab() != tokenizer.get_vocab():
-            raise SettingsError("edge.format_install: labels_from has another vocabulary")
-        tokenizer.chat_template = other.chat_template
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if not tokenizer.chat_template:
+        teacher = AutoTokenizer.from_pretrained(buffer_model(settings))
+        tokenizer.chat_template = teacher.chat_template
     return tokenizer
 
 
@@ -79,7 +80,7 @@ def encode_row(tokenizer: Any, messages: Messages, target: str) -> dict[str, lis
 # One training
 
 
-def sft(job: Job) -> Record:
+def sft(job: Job) -> Row:
     """Trains an adapter, merges it, saves both. Returns, and saves as training.json, the record
 
     {"rows": 320, "too_long": 0, "tokens": 61440, "steps": 40, "loss": 0.2107, "seed": 7,
@@ -97,8 +98,7 @@ def sft(job: Job) -> Record:
     encoded = [encode_row(tokenizer, row["messages"], row["target"]) for row in job.rows]
     rows = [row for row in encoded if len(row["input_ids"]) <= longest]
     if not rows:
-        trouble = f"all {len(encoded)} rows exceed training.max_length={longest}"
-        raise TrainingError(trouble if encoded else "no rows: no answer could be read to be taught")
+        raise TrainingError(f"{len(encoded)} rows, none within training.max_length={longest}")
     # Training
     trainer = make_trainer(job, tokenizer, rows)
     trainer.remove_callback(PrinterCallback)
@@ -107,7 +107,7 @@ def sft(job: Job) -> Record:
     if not (math.isfinite(result.training_loss) and all(w.isfinite().all() for w in weights)):
         raise TrainingError(f"diverged, loss {result.training_loss}: lower sft.learning_rate")
     # What it leaves behind
-    record: Record = {"rows": len(rows), "too_long": len(encoded) - len(rows)}
+    record: Row = {"rows": len(rows), "too_long": len(encoded) - len(rows)}
     record |= {"tokens": sum(len(row["input_ids"]) for row in rows), "steps": result.global_step}
     record |= {"loss": round(result.training_loss, 4), "seed": job.seed, "dtype": str(dtype)}
     if trainer.accelerator.is_main_process:
@@ -128,16 +128,14 @@ def make_trainer(job: Job, tokenizer: Any, rows: list[dict[str, list[int]]]) -> 
 
     settings, on_gpu = job.settings, torch.cuda.is_available()
     dtype = pick_dtype(settings.dtype, torch.device("cuda" if on_gpu else "cpu"))
-    if dtype == torch.float16 and not on_gpu:
-        dtype = torch.float32  # float16 needs a gradient scaler, which a CPU has not
     loader_options = {"dtype": dtype, "attn_implementation": settings.training.attn_implementation}
     # The rows stay as they are; a batch holds rows of like length
     arguments: dict[str, Any] = {"max_length": None, "train_sampling_strategy": "group_by_length"}
-    arguments |= {"gradient_checkpointing": False, "use_cpu": not on_gpu, "seed": job.seed}
+    arguments |= {"gradient_checkpointing": False, "use_cpu": not on_gpu, "use_cache": True}
     # Nothing is shown or saved on the way, and a loss that is not finite is not hidden
     arguments |= {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
-    arguments |= {"logging_nan_inf_filter": False, "output_dir": str(job.out)}
-    # Mixed precision: the adapter is float32 in any case, and float16 brings its scaler
+    arguments |= {"logging_nan_inf_filter": False, "output_dir": str(job.out), "seed": job.seed}
+    # Mixed precision: the adapter is float32 in any case, and float16 brings its scaler (of GPUs)
     arguments |= {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
     return SFTTrainer(
         AutoModelForCausalLM.from_pretrained(job.model, **loader_options),
@@ -148,28 +146,23 @@ def make_trainer(job: Job, tokenizer: Any, rows: list[dict[str, list[int]]]) -> 
     )
 
 
-def save(tuned: Any, job: Job, record: Record) -> None:
+def save(tuned: Any, job: Job, record: Row) -> None:
     """Saves the merged model in `out`; beside it the adapter in PEFT's format, and the record."""
     from foggen.engines import end_tokens
 
     dtype, config, adapter = tuned.dtype, tuned.peft_config["default"], job.out.with_name("adapter")
-    # Equal trainings leave equal files: no path of this machine, and the layers in a fixed order
-    base = job.settings.edge.model
-    if job.model.name == "model":  # a checkpoint of the chain
-        base = f"{job.model.parent.name}/model"
+    # Equal trainings leave equal files: no path of this machine, and no set without an order
+    chained = job.model.name == "model"  # to a checkpoint of the chain
+    base = f"{job.model.parent.name}/model" if chained else job.settings.edge.model
     config.base_model_name_or_path = base
-    if not isinstance(config.target_modules, str):  # of a regular expression
-        config.target_modules = sorted(config.target_modules)
+    config.target_modules = job.settings.lora.target_modules
     # Merged in float32: in bfloat16 most of a small update would round away
     tuned.float().save_pretrained(adapter, save_embedding_layers=False)
     merged = tuned.merge_and_unload().to(dtype)
-    merged.config.use_cache = True  # the trainer switched it off
     # A text ends with the turn's last token, which was learnt, or as it did before
     tokenizer = load_tokenizer(job.model, job.settings)  # the trainer may have changed its copy
     ends = end_tokens(merged.generation_config, tokenizer)
     merged.generation_config.eos_token_id = sorted({*ends, turn_end_ids(tokenizer)[-1]})
-    if merged.generation_config.to_diff_dict().keys() & {"temperature", "top_p", "top_k"}:
-        merged.generation_config.do_sample = True  # else it is invalid, and nothing would be saved
     merged.save_pretrained(job.out)
     tokenizer.save_pretrained(job.out)
     write_json(job.out.with_name("training.json"), record)
@@ -182,17 +175,16 @@ def save(tuned: Any, job: Job, record: Record) -> None:
 # Where it runs
 
 
-def train(job: Job) -> Record:
-    """As `sft`: in this process on a CPU; on GPUs in another, whose end gives their memory back."""
+def train(job: Job) -> Row:
+    """As `sft`: in this process on a CPU; for GPUs in others, whose end gives their memory back.
+
+    Raises TrainingError with the end of what failed processes wrote.
+    """
     import torch
 
-    alone = job.settings.training.processes == 1 and not torch.cuda.is_available()
-    return sft(job) if alone else train_elsewhere(job)
-
-
-def train_elsewhere(job: Job) -> Record:
-    """As `sft`, in `training.processes` processes. Raises TrainingError with their last lines."""
     count = job.settings.training.processes
+    if count == 1 and not torch.cuda.is_available():
+        return sft(job)
     launcher = [*LAUNCH.split(), str(count), "-m"] if count > 1 else []
     environment = {**os.environ, **training_devices(count)}
     with tempfile.TemporaryDirectory() as scratch:
@@ -200,8 +192,7 @@ def train_elsewhere(job: Job) -> Record:
         command = [sys.executable, "-m", *launcher, "foggen.training", str(file)]
         process = subprocess.run(command, env=environment, capture_output=True, text=True)
     if process.returncode:
-        last = "\n".join(process.stderr.splitlines()[-30:])
-        raise TrainingError(f"training ended with code {process.returncode}:\n{last}")
+        raise TrainingError(f"training ended with {process.returncode}:\n{process.stderr[-3000:]}")
     return dict(read_json(job.out.with_name("training.json")))
 
 
@@ -216,19 +207,15 @@ def training_devices(count: int) -> dict[str, str]:
     visible = [f"GPU-{torch.cuda.get_device_properties(place).uuid}" for place in places]
     if len(visible) <= 1:
         return {}  # nothing to choose
-    free = free_memory()
-    idle = [name for name in visible if free[name] >= 0.5]
-    if len(idle) < count:
-        raise TrainingError(f"training.processes={count}: {len(idle)} of {visible} are half free")
-    return {"CUDA_VISIBLE_DEVICES": ",".join(idle[:count])}
-
-
-def free_memory() -> dict[str, float]:
-    """The free share of every GPU's memory by UUID; asking PyTorch would take some of each."""
+    # Asking PyTorch for the memory would take some of each
     query = "nvidia-smi --query-gpu=uuid,memory.free,memory.total --format=csv,noheader,nounits"
     answer = subprocess.run(query.split(), capture_output=True, text=True, check=True).stdout
     rows = [line.split(", ") for line in answer.splitlines()]
-    return {name: float(free) / float(total) for name, free, total in rows}
+    half_free = {name for name, free, total in rows if float(free) >= float(total) / 2}
+    idle = [name for name in visible if name in half_free]
+    if len(idle) < count:
+        raise TrainingError(f"training.processes={count}: {len(idle)} of {visible} are half free")
+    return {"CUDA_VISIBLE_DEVICES": ",".join(idle[:count])}
 
 
 if __name__ == "__main__":

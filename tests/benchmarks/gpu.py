@@ -12,7 +12,7 @@ import random
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -188,8 +188,9 @@ def measure(
         small: dict[str, Any] = {name: count(getattr(settings, name), share) for name in names}
         small |= {"dev_questions": count(700, share), "max_new_tokens": ANSWER}
         run = Run(work / "run", override(settings, small))
-        with timed(results, "chain R0 to R14", rounds=settings.rounds):
-            run_chain(run, questions, questions[-count(1400, share) :])
+        rounds = {"rounds": settings.rounds}
+        with timed(results, "chain R0 to R14", **rounds), closing(edge_slot(run.settings)) as edge:
+            run_chain(run, questions, questions[-count(1400, share) :], edge)
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     lengths = [len(encode_chat(tokenizer, mcq_messages(question))) for question in taught]
     return {

@@ -17,7 +17,7 @@ def rehearse(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
     """Runs the profile with these overrides in the run folder; returns the figures to look at."""
     from foggen.chain import edge_slot, run_chain, run_r15
     from foggen.config import load_profile
-    from foggen.evaluation import evaluated_questions, judged, open_outcomes, outcomes
+    from foggen.evaluation import evaluated_questions, open_outcomes, outcomes
     from foggen.inputs import pin
     from foggen.open_ended import first
     from foggen.questions import open_splits, r15_asked, splits
@@ -35,7 +35,6 @@ def rehearse(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
         asked = first(open_parts["train"], r15_asked(settings))
         branch = run_r15(run, rounds, asked, edge)
         texts = open_outcomes(run, edge, open_parts["test"], branch.model, "open-r15")
-        grades = judged(run, edge, open_parts["test"], branch.model, "open-r15")
     routed = routing_table(table, tau=settings.tau, resamples=50)
     return {
         "rounds": [result.record() for result in rounds],
@@ -45,7 +44,6 @@ def rehearse(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
         "routing": json.loads(routed.to_json(orient="records")),
         "r15": {"new": len(branch.rows), "old": len(branch.replayed), "sft": branch.training},
         "open": json.loads(texts.to_json(orient="records")),
-        "judged": len(grades),
     }
 
 

@@ -73,7 +73,6 @@ def check(found: dict[str, Any]) -> None:
     assert found["r15"]["old"] == 4 and found["r15"]["sft"]["rows"] == found["r15"]["new"] + 4
     tasks = [row["domain"] if "domain" in row else row["task"] for row in found["open"]]
     assert sorted(tasks) == ["gsm8k"] * 2 + ["squad"] * 2 + ["truthfulqa"] * 2
-    assert found["judged"] == 2
 
 
 def run_paper(program: Program, home: Path, folder: Path, engine: str) -> dict[str, Any]:
