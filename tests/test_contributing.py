@@ -16,7 +16,7 @@ from foggen import chain, evaluation, stats
 from foggen.config import Cloud, Settings, load_profile
 from foggen.engines import ENGINES, Completion, Engine, Sampling, make_engine
 from foggen.questions import Question, splits
-from foggen.reproduce import make_plan
+from foggen.reproduce import notebook_keys
 from foggen.store import ROOT, write_jsonl
 
 SPLITS = ("train", "dev", "test")
@@ -114,6 +114,6 @@ def test_a_profile_is_a_file(tmp_path: Path) -> None:
     settings = load_profile(profile(tmp_path, rounds=3))
     assert (settings.rounds, settings.name) == (3, "toy")
     assert settings.tau == load_profile("pocket").tau
-    plan = make_plan(settings, tmp_path / "run", ROOT / "notebooks")
+    keys = notebook_keys(settings, ROOT / "notebooks")
     names = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
-    assert [notebook.stem for notebook in plan.keys] == names
+    assert [notebook.stem for notebook in keys] == names

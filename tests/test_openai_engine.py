@@ -55,7 +55,7 @@ def ask(engine: OpenAIEngine, *questions: str, **sampling: Any) -> list[list[Com
 
 
 def files(cache: Path) -> list[Path]:
-    return sorted(path for path in cache.rglob("*") if path.is_file())
+    return sorted(cache.rglob("*.json"))  # a kill may leave a temporary file beside them
 
 
 # --------------------------------------------------------------------------------------------------

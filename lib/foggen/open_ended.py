@@ -9,7 +9,7 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from decimal import Decimal
+from fractions import Fraction
 from itertools import groupby
 from types import SimpleNamespace
 
@@ -49,23 +49,25 @@ def exact_match(answer: str, references: Sequence[str]) -> float:
 
 _GAP = r"(?:\{,\}|,?\\[,;:! ]|[,'’\u00a0\u2000-\u200a\u202f])"  # between thousands, as in 9{,}500
 _CLEANING = {
+    r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}": r"\1/\2",
     r"[\u2010-\u2015\u2212\ufe63\uff0d]": "-",  # hyphens, dashes and minus signs
     rf"(?<=\d){_GAP}(?=(?:\d\d\d?{_GAP}){{0,20}}\d\d\d(?!\d))": "",  # 1,234 and 1,23,456
     r"[\\$\u00a2-\u00a5\u20a0-\u20cf]|\^\{?\d+": "",  # currencies, powers
 }
 # After a word, a number or a bracket a minus is a subtraction, a range or a hyphen
 _NUMBER = re.compile(
-    r"(?:(?<![\w)\]%])-|(?<![\w)\]%]\s)(?<![\w)\]%])-\s)?(?:(?<!\w)\d+(?:\.\d+)?|(?<![\w.])\.\d+)"
+    r"(?:(?<![\w)\]%])-|(?<![\w)\]%]\s)(?<![\w)\]%])-\s)?(?:(?<!\w)\d{1,40}(?:\.\d{1,40})?|(?<![\w.])\.\d{1,40})"
+    r"(?:\s*/\s*\d{1,40}(?:\.\d{1,40})?)?"
 )
 
 
-def final_number(text: str) -> Decimal | None:
+def final_number(text: str) -> Fraction | None:
     """The first number after the last `####`, else the last number of the text; None without one.
 
     Reads -3 with any minus, hyphen or dash (and `- 3`, but after a word or a number), 1,234 and
     1,23,456 and 9{,}500, thousands set apart by apostrophes, thin or no-break spaces, $5.00, .5,
-    60% (as 60), and a number with its unit or at a sentence's end.
-    Fails: numbers in words, fractions (1/2, ½), 1 234 with a plain space, 3,5 for 3.5, 1.234,50,
+    60% (as 60), 1/2, and a number with its unit or at a sentence's end.
+    Fails: numbers in words, mixed fractions (2 1/2), ½, 1 234 with a plain space, 3,5 for 3.5, 1.234,50,
     5k, 1e3, times (5:30), powers (10^3), _5_ in italics, sums left undone, and a right number
     followed by another one.
     """
@@ -75,7 +77,8 @@ def final_number(text: str) -> Decimal | None:
     numbers = _NUMBER.findall(tail)
     if not numbers:
         return None
-    return Decimal("".join(numbers[0 if mark else -1].split()))
+    top, _, bottom = "".join(numbers[0 if mark else -1].split()).partition("/")
+    return Fraction(top) / Fraction(bottom or 1) if Fraction(bottom or 1) else None
 
 
 def same_number(answer: str, references: Sequence[str]) -> float:
@@ -150,10 +153,10 @@ def evaluate_open(
 
     {"id": "g7", "domain": "gsm8k", "question": "2+3?", "fact": "g7", "gold": "5",
      "text": "Confidence: 0.5 ...", "local_answer": "5", "confidence": 0.5, "local_tokens": 14,
-     "local_correct": 1.0, "failed": 0}
+     "local_correct": 1.0, "truncated": False, "failed": 0}
 
-    An answer that is never closed is None: it scores 0, and has no confidence. `failed` 1: there
-    was no completion.
+    An answer that is never closed is None: it scores 0, and has no confidence. `truncated`: it was
+    cut at max_new_tokens. `failed` 1: there was no completion.
     """
     rows = []
     for question, completions in ask(engine, questions, max_new_tokens, Sampling()):
@@ -163,7 +166,7 @@ def evaluate_open(
         row: Row = {"id": question.id, "domain": question.task, "question": question.question}
         row |= {"fact": question.fact_key, "gold": question.answers[0], "text": reply.text}
         row |= {"local_answer": answer, "confidence": confidence, "local_tokens": reply.tokens}
-        row["local_correct"] = score_answer(question, answer)
+        row |= {"local_correct": score_answer(question, answer), "truncated": not reply.finished}
         rows.append({**row, "failed": int(not completions)})
     return rows
 

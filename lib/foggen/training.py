@@ -163,6 +163,8 @@ def save(tuned: Any, job: Job, record: Row) -> None:
     tokenizer = load_tokenizer(job.model, job.settings)  # the trainer may have changed its copy
     ends = end_tokens(merged.generation_config, tokenizer)
     merged.generation_config.eos_token_id = sorted({*ends, turn_end_ids(tokenizer)[-1]})
+    if merged.generation_config.to_diff_dict().keys() & {"temperature", "top_p", "top_k"}:
+        merged.generation_config.do_sample = True  # else it is invalid, and nothing would be saved
     merged.save_pretrained(job.out)
     tokenizer.save_pretrained(job.out)
     write_json(job.out.with_name("training.json"), record)
