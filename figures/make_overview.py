@@ -12,8 +12,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from foggen import plots
-from foggen.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION
+from foggen import show
+from foggen.show import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION
 
 Boxes = dict[str, tuple[float, float, str, str]]  # name: x, y, text, colour
 Arrows = list[tuple[str, str, str, str]]  # from, to, colour, text
@@ -76,7 +76,7 @@ def diagram(axes: Axes, title: str, boxes: Boxes, arrows: Arrows) -> None:
 
 def overview() -> Figure:
     """(a) routing at inference, (b) the loop that teaches the model to know itself."""
-    plots.style()
+    show.style()
     plt.rcParams["text.parse_math"] = True  # no names from files here, but formulas
     figure, (left, right) = plt.subplots(1, 2, figsize=(11.2, 4.0), width_ratios=(1, 1.12))
     diagram(left, "(a) Inference: one generation decides", ROUTING, ROUTES)
@@ -86,4 +86,4 @@ def overview() -> Figure:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1]) if sys.argv[1:] else Path(__file__).parent
-    plots.save(overview(), folder, "overview")
+    show.save(overview(), folder, "overview")

@@ -35,8 +35,8 @@ def main() -> None:
                      lambda: routing.read_outcomes(file)),
             measured("`routing_table`, 10,000 resamples", 20,
                      lambda: routing.routing_table(outcomes, resamples=10_000)),
-            measured("`calibration_table`, 10,000 resamples", 20,
-                     lambda: stats.calibration_table(outcomes, resamples=10_000)),
+            measured("`calibration`, 10,000 resamples", 20,
+                     lambda: stats.bootstrap(outcomes, stats.calibration, 10_000).table()),
         ]  # fmt: skip
     about = (
         f"{len(outcomes):,} questions in 7 domains, made up by `tests/outcomes_factory.py`; "

@@ -46,6 +46,11 @@ def make_seeds(seeds: int = 3, n: int = 50, **options: int) -> pd.DataFrame:
     return pd.concat(runs, ignore_index=True)
 
 
+def mean_row(table: pd.DataFrame) -> pd.Series:
+    """The row of a table that is the mean over the domains."""
+    return table.set_index("domain").loc["mean"]
+
+
 def _rich(part: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
     """Every optional column."""
     n, right = len(part), part["local_correct"].to_numpy()

@@ -116,6 +116,7 @@ def test_stored_run(golden: dict[str, Any], rows: dict[str, pd.DataFrame], numbe
 @pytest.mark.parametrize("method", METHODS)
 def test_stored_grid(golden: dict[str, Any], rows: dict[str, pd.DataFrame], method: str) -> None:
     train = rows["train200"]
+    assert automix.categories(rows["all"]).tolist() == rows["all"]["category"].tolist()
     ours = {policy: worth(train, policy) for policy in CANDIDATES[method](train, 8)}
     for cell in golden["train_grids_cost_1_50"][method]:
         expected = [cell[name] for name in ("perf", "routed", "cost", "ibc", "ibc_base", "lift")]
@@ -124,41 +125,11 @@ def test_stored_grid(golden: dict[str, Any], rows: dict[str, pd.DataFrame], meth
     assert not ours
 
 
-@stored
-def test_stored_categories(rows: dict[str, pd.DataFrame]) -> None:
-    assert automix.categories(rows["all"]).tolist() == rows["all"]["category"].tolist()
-
-
-# --- the original package, live -------------------------------------------------------------------
-
-
 def odds(outcomes: pd.DataFrame) -> list[tuple[int, int]]:
     """For each of nine bins 100 (n + g + h) - h and n: their ratio is the penalty it turns at."""
     bins, kinds = automix.nearest_bin(outcomes["verification"]), automix.categories(outcomes)
     counts = [[int(((bins == i) & (kinds == kind)).sum()) for kind in KINDS] for i in range(9)]
     return [(100 * sum(count) - count[2], count[0]) for count in counts]
-
-
-def assert_same_choice(method: str, train: pd.DataFrame, test: pd.DataFrame, costs: Costs) -> None:
-    """The original's parameter, or another one that is exactly as good on the fit rows."""
-    if "POMDP" in method and any(needy and top % needy == 0 for top, needy in odds(train)):
-        return  # a bin turns at an integer penalty, where the original decides by rounding
-    mixer, ours = peer(method, train, costs), automix.best_policy(method, train, costs)
-    original = as_policy(method, mixer.best_param)
-    best = worth(train, original, costs).dibc
-    assert worth(train, ours, costs).dibc == pytest.approx(best, abs=1e-9)
-    lift, slope, accuracy, cost, routed = mixer.evaluate(peer_table(test), return_decisions=True)
-    assert routed.astype(bool).tolist() == original.route(test["verification"]).tolist()
-    price = worth(test, original, costs)
-    assert (price.ibc, price.accuracy, price.cost) == pytest.approx((slope, accuracy, cost))
-    assert price.dibc == pytest.approx(lift, abs=1e-9) or price.ibc_base <= 0
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("seed", range(4))
-def test_agrees_with_the_original_on_random_outcomes(method: str, seed: int) -> None:
-    costs = Costs(1.0, (10.0, 50.0, 200.0)[seed % 3], (0.5, 1.0)[seed // 2])
-    assert_same_choice(method, random_table(seed, 300), random_table(seed + 100, 150), costs)
 
 
 # --- the original's defects, each beside the right answer -----------------------------------------

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from outcomes_factory import make_outcomes
 
-from foggen import chain, evaluation, stats
+from foggen import chain, evaluation, routing
 from foggen.config import Cloud, Settings, load_profile
 from foggen.engines import ENGINES, Completion, Engine, Sampling, make_engine
 from foggen.questions import Question, splits
@@ -104,7 +104,7 @@ def test_profiles_know_the_engines_there_are() -> None:
 
 def test_a_baseline_is_a_column() -> None:
     outcomes = make_outcomes(80).assign(luck=lambda table: table["local_correct"])
-    table = stats.score_table(outcomes, ["luck", "confidence"], 0.3, resamples=20)
+    table = routing.score_table(outcomes, ["luck", "confidence"], 0.3, resamples=20)
     table = table.set_index(["score", "domain"])
     luck, ours = table.loc[("luck", "mean")], table.loc[("confidence", "mean")]
     assert luck["sysacc"] > ours["sysacc"] and luck["auroc"] == 1 and ours["difference"] > 0

@@ -319,7 +319,7 @@ class TestImports:
                 others = {other for other in reached(name) if not other.startswith("engines.")}
                 assert others <= {"store", "prompts"}, name
 
-    @pytest.mark.parametrize("name", ["stats", "routing", "automix", "plots"])
+    @pytest.mark.parametrize("name", ["stats", "routing", "automix", "show"])
     def test_tables_and_figures_need_no_model(self, name: str) -> None:
         assert not reached(name) & MODELS
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from outcomes_factory import make_outcomes, make_seeds
+from outcomes_factory import make_outcomes, make_seeds, mean_row
 
-from foggen import resampling, routing, stats
-from foggen.routing import OutcomesError, check_outcomes, choose_tau, read_outcomes
+from foggen import routing
+from foggen.routing import OutcomesError, at_share, check_outcomes, choose_tau, read_outcomes
+from foggen.stats import bootstrap, calibration, fact_codes
 from foggen.store import write_jsonl
 
 TOY = pd.DataFrame(
@@ -27,7 +28,6 @@ TOY = pd.DataFrame(
         "local_correct": [1.0, 0.0, 0.0, 1.0],
         "cloud_correct": [1.0, 1.0, 1.0, 0.0],
         "confidence": [1.0, 0.5, 0.25, math.nan],
-        "gold": ["A", "A", "B", "A"],
         "n_options": [4, 4, 2, 4],
     }
 )
@@ -65,12 +65,13 @@ def test_three_formats_read_alike(tmp_path: Path, ending: str) -> None:
     # Names that are no missing values, and no markup
     names = {"domain0": "NA", "domain1": "US$ bonds & AU$", "domain2": "None"}
     outcomes["domain"] = outcomes["domain"].replace(names)
-    outcomes.loc[5, "local_answer"] = "None"
+    outcomes.loc[5, "local_answer"], outcomes["verification"] = "None", None
     read = read_outcomes(write(tmp_path / f"outcomes{ending}", outcomes))
     pd.testing.assert_frame_equal(read, check_outcomes(outcomes), check_dtype=False)
     assert list(read["domain"].unique()) == list(names.values())
     assert math.isnan(read["confidence"][3]) and read["local_answer"][5] == "None"
-    table = routing.routing_table(read, resamples=50)
+    assert read["verification"].isna().all() and read["verification"].dtype == float
+    table = routing.routing_table(read, resamples=5)
     assert table["domain"].tolist() == [*names.values(), "mean"]
 
 
@@ -90,82 +91,24 @@ def test_any_scalar_names_a_fact(tmp_path: Path, ending: str, facts: list, names
     read = read_outcomes(write(tmp_path / f"facts{ending}", outcomes))
     assert [None if pd.isna(fact) else fact for fact in read["fact"]] == names
     blank = sum(name is None for name in names)  # each a fact of its own
-    assert len(set(resampling.fact_codes(read))) == len({*names} - {None}) + blank
+    assert len(set(fact_codes(read))) == len({*names} - {None}) + blank
     floats = check_outcomes(outcomes.assign(fact=[0.0, 0.0, 12.0, math.nan], id=[7, 8, 9.0, "x"]))
     assert floats["fact"].tolist()[:3] == ["0", "0", "12"] and floats["fact"].isna()[3]
     assert floats["id"].tolist() == ["7", "8", "9", "x"]
 
 
-@FORMATS
-def test_a_confidence_that_was_never_readable_is_a_column_too(tmp_path: Path, ending: str) -> None:
-    path = write(tmp_path / f"outcomes{ending}", make_outcomes(20).assign(confidence=None))
-    read = read_outcomes(path)
-    assert read["confidence"].isna().all()
-    assert (routing.routing_table(read, resamples=5)["routed"] == 1).all()
-
-
-def test_json_lines_keep_what_they_say(tmp_path: Path) -> None:
-    path, rest = tmp_path / "a.jsonl", '"cloud_correct": 1, "confidence":'
-    row = f'{{"id": "007", "domain": "2026-01-02", "local_correct": true, {rest} 0.1}}'
-    big = f'{{"id": 9007199254740993, "domain": "заң", "local_correct": 0, {rest} null}}'
-    path.write_text(f"\ufeff{row}\n\n{big}\n", encoding="utf-8")
-    read = read_outcomes(path)
+def test_a_key_may_lack_where_the_column_is_optional(tmp_path: Path) -> None:
+    row = {"id": "007", "domain": "2026-01-02", "local_correct": True, "cloud_correct": 1}
+    big = {**row, "id": 2**53 + 1, "confidence": None, "fact": "f", "verification": 0.5}
+    read = read_outcomes(write_jsonl(tmp_path / "a.jsonl", [{**row, "confidence": 0.1}, big]))
     assert read["id"].tolist() == ["007", "9007199254740993"]
-    assert read["domain"].tolist() == ["2026-01-02", "заң"]
-    assert read["local_correct"].tolist() == [1, 0] and read["confidence"][0] == 0.1
-    apart = {**json.loads(row), "question": "Who\u2028or\x0cwhat\u0085?", "big": 10**30}
-    assert read_outcomes(write_jsonl(path, [apart]))["question"][0] == "Who\u2028or\x0cwhat\u0085?"
-    # A key may lack where the column is optional; a row without a required one is a bad row
-    optional = {**json.loads(big), "fact": "f", "verification": 0.5}
-    assert read_outcomes(write_jsonl(path, [json.loads(row), optional]))["fact"].isna()[0]
-    short = {name: value for name, value in apart.items() if name != "confidence"}
+    assert read["domain"][0] == "2026-01-02" and read["local_correct"].tolist() == [1, 1]
+    assert read["fact"].isna()[0] and read["verification"].isna()[0]
     with pytest.raises(OutcomesError, match=r"a\.jsonl, line 2, column `confidence`: missing"):
-        read_outcomes(write_jsonl(path, [{**apart, "id": "b"}, short]))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("id,domain,local_correct,cloud_correct,confidence\na,law,1,1,0.5,\n", "row 1: 6 fields"),
-        ("id,domain,local_correct,cloud_correct,confidence\na,law,1,1,1\nb,law,1\n", "row 2: 3"),
-        ("id,domain,local_correct,cloud_correct,confidence,id\na,law,1,1,0.5,b\n", "'id'.*twice"),
-        ("id;domain;local_correct;cloud_correct;confidence\na;law;1;1;0,5\n", "semicolons"),
-        ("id\n1\n", "no column `domain`; expected id, domain, local_correct"),
-        (
-            "id,domain,local_correct,cloud_correct,confidence\n",
-            "no rows; expected one per question",
-        ),
-        ("", "no rows"),
-    ],
-)
-def test_tables_that_cannot_be_read_are_named(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "mine.csv").write_text(text)
-    with pytest.raises(OutcomesError, match=rf"mine\.csv.*{message}"):
-        read_outcomes(tmp_path / "mine.csv")
-
-
-UTF16 = TOY[REQUIRED].to_csv(index=False).encode("utf-16")
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        *[("a.txt", b"x"), ("b.csv", UTF16), ("c.csv", b"\0\1"), ("d.csv", b"\xff\xfe\xfa")],
-        *[("e.csv", None), ("f.jsonl", b"{"), ("g.jsonl", b'"text"'), ("h.parquet", b"x")],
-    ],
-)
-def test_files_of_another_kind_are_named(tmp_path: Path, name: str, content: bytes | None) -> None:
-    if content:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(OutcomesError, match=name):
-        read_outcomes(tmp_path / name)
-
-
-def test_long_fields_and_ids_in_an_index_are_read(tmp_path: Path) -> None:
-    long = TOY[REQUIRED].assign(question="x" * 200_000)
-    assert len(read_outcomes(write(tmp_path / "long.csv", long))["question"][0]) == 200_000
-    TOY[REQUIRED].set_index("id").to_parquet(tmp_path / "index.parquet")
-    assert read_outcomes(tmp_path / "index.parquet")["id"].tolist() == list("abcd")
+        read_outcomes(write_jsonl(tmp_path / "a.jsonl", [big, row]))
+    tokens = {**big, "id": "t", "local_tokens": 3}
+    with pytest.raises(OutcomesError, match="line 2, column `local_tokens`: missing; expected a n"):
+        read_outcomes(write_jsonl(tmp_path / "a.jsonl", [tokens, big]))
 
 
 @pytest.mark.parametrize(
@@ -197,23 +140,12 @@ def test_wrong_values_are_named(column: str, value: object, message: str) -> Non
         check_outcomes(frame, "mine", scores=["mine"])
 
 
-def test_seeds_in_other_writings_are_the_same(tmp_path: Path) -> None:
-    rows = [dict(id="a", domain="d", local_correct=1, cloud_correct=1, confidence=1)] * 3
-    rows = [{**row, "seed": seed} for row, seed in zip(rows, (0, 0.0, None), strict=True)]
-    file = tmp_path / "o.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(routing.OutcomesError) as error:
-        routing.read_outcomes(file)
-    assert str(error.value).count("'a' is there twice") == 2
-
-
-def test_a_column_named_by_a_number_is_kept() -> None:
-    outcomes = make_outcomes(5, 1)
-    outcomes[0] = 7
-    assert routing.check_outcomes(outcomes)["0"].tolist() == [7] * 5
-
-
 def test_all_problems_come_together() -> None:
+    with pytest.raises(OutcomesError, match="mine: no rows; expected one per question"):
+        check_outcomes(TOY[:0], "mine")
+    for name in REQUIRED:
+        with pytest.raises(OutcomesError, match=f"mine: no column `{name}`; expected id, domain"):
+            check_outcomes(TOY.drop(columns=name), "mine")
     frame = TOY.astype(object)
     frame.loc[:, "local_correct"] = 7
     frame.loc[2, "confidence"], frame.loc[3, "id"] = "?", "a"
@@ -232,10 +164,13 @@ def test_what_is_read_generously(tmp_path: Path) -> None:
     assert checked["local_correct"].tolist() == [1, 0, 0, 1]
     assert checked["confidence"].isna().tolist() == [True, True, True, False]
     assert check_outcomes(make_seeds(2))["seed"].nunique() == 2  # an id once per seed
+    with pytest.raises(OutcomesError, match="row 2, column `id`: 'a' is there twice"):
+        check_outcomes(TOY[:2].assign(id="a", seed=[0, "0.0"]))
+    assert check_outcomes(TOY.assign(**{"0": 7}).rename(columns={"0": 0}))["0"].tolist() == [7] * 4
     path = write(tmp_path / "mine.csv", TOY.assign(mine=["0.5", "1", None, "0"], other="7"))
     read = read_outcomes(path, scores=["mine"])
     assert read["mine"].tolist()[:2] == [0.5, 1] and read["other"].tolist() == ["7"] * 4
-    assert stats.score_table(read, ["mine"], 0.5, resamples=20)["share"][0] == 0.5
+    assert routing.score_table(read, ["mine"], 0.5, resamples=20)["share"][0] == 0.5
     with pytest.raises(OutcomesError, match="no column `yours`"):
         read_outcomes(path, scores=["yours"])
 
@@ -247,8 +182,7 @@ def test_the_toy_table_by_hand() -> None:
     row = routing.routing_table(TOY, resamples=50).iloc[0]
     # c and the unparsed d are routed: 1, 0, 1, 0 right
     assert row[["cloud", "raw", "routed", "sysacc"]].tolist() == [0.75, 0.5, 0.5, 0.5]
-    assert row[["random", "lift", "oracle", "gap_recovered"]].tolist() == [0.625, -0.125, 1, 0]
-    assert row["gold_share"] == 0.75 and row["chance"] == (3 / 4 + 1 / 2) / 4 and row["n"] == 4
+    assert row[["random", "lift", "oracle", "n"]].tolist() == [0.625, -0.125, 1, 4]
 
 
 ANSWER = st.tuples(st.booleans(), st.booleans(), st.sampled_from([0, 0.25, 0.5, 1, math.nan]))
@@ -267,8 +201,6 @@ def test_metrics_are_their_definitions(rows: list[tuple[bool, bool, float]]) -> 
     assert row["random"] == pytest.approx(random)
     assert row["lift"] == pytest.approx(row["sysacc"] - row["random"], abs=1e-6)
     assert row["sysacc"] <= row["oracle"] + 1e-9
-    assert np.isnan(row["gap_recovered"]) == (cloud.mean() <= local.mean())
-    assert not np.isnan(row["gap_recovered"]) or "no better than the edge" in row["note"]
 
 
 def test_means_are_over_domains_not_questions() -> None:
@@ -279,8 +211,6 @@ def test_means_are_over_domains_not_questions() -> None:
         assert mean[name] == pytest.approx(inner[name].mean())
         assert (table[f"{name}_low"] <= table[name]).all()
         assert (table[name] <= table[f"{name}_high"]).all()
-    gap = (mean["sysacc"] - mean["raw"]) / (mean["cloud"] - mean["raw"])
-    assert mean["gap_recovered"] == pytest.approx(gap)
     assert table["n"].tolist() == [30, 300, 330]
 
 
@@ -304,10 +234,9 @@ def degenerate() -> dict[str, pd.DataFrame]:
         "never parsed": {"confidence": math.nan},
         "ties": {"confidence": 0.5},
     }
-    names = pd.CategoricalDtype(["domain0", "domain1", "empty"])
     frames = {name: outcomes.assign(**columns) for name, columns in values.items()}
-    frames |= {"a domain empty": outcomes.astype({"domain": names}), "one question": outcomes[:1]}
-    return frames | {"two seeds": pd.concat([outcomes.assign(seed=s) for s in (0, 1)])}
+    seeds = pd.concat([outcomes.assign(seed=s) for s in (0, 1)])
+    return frames | {"one question": outcomes[:1], "two seeds": seeds}
 
 
 @pytest.mark.parametrize("name", degenerate())
@@ -315,34 +244,112 @@ def test_degenerate_outcomes_have_no_unexplained_nan(name: str) -> None:
     outcomes = degenerate()[name].assign(n_options=4, gold="A", other=0.5)
     tables = [
         routing.routing_table(outcomes, resamples=60),
-        stats.calibration_table(outcomes, resamples=60),
-        stats.score_table(outcomes, ["confidence", "other"], 0.3, resamples=60),
+        bootstrap(outcomes, calibration, 60).table(),
+        routing.score_table(outcomes, ["confidence", "other"], 0.3, resamples=60),
     ]
     for table in tables:
         hollow = table.drop(columns=["note", "p_holm"], errors="ignore").isna().any(axis=1)
         assert (table.loc[hollow, "note"] != "").all()
         assert not np.isinf(table.select_dtypes(float).to_numpy()).any()
-    curve = stats.share_curve(outcomes, points=11, resamples=20)
+    curve = routing.share_curve(outcomes, points=11, resamples=20)
     assert curve.notna().all(axis=None)
-
-
-def test_degenerate_values() -> None:
-    tables = {
-        name: routing.routing_table(frame, resamples=50) for name, frame in degenerate().items()
-    }
-    result = {name: table.iloc[-1] for name, table in tables.items()}
-    for name, same in (("all routed", "cloud"), ("none routed", "raw")):
-        assert result[name]["sysacc"] == pytest.approx(result[name][same], abs=1e-12)
-        assert result[name]["lift"] == 0
-    assert result["never parsed"]["routed"] == 1 and result["none routed"]["routed"] == 0
-    assert "gap_recovered: the cloud is no better" in result["cloud worse"]["note"]
-    assert tables["a domain empty"]["note"][2] == "no questions"
 
 
 def test_sweep_routes_more_as_tau_rises() -> None:
     table = routing.sweep_table(make_outcomes(), resamples=20)
     routed = table[table["domain"] == "mean"]["routed"]
     assert routed.is_monotonic_increasing and routed.iloc[0] == 0 and len(table) == 5 * 4
+
+
+# ---- routing at a share
+
+
+def test_routing_at_a_share_by_hand() -> None:
+    frame = pd.DataFrame({"score": [0.0, 0.5, 0.5, 1.0], "local_correct": [0.0, 0, 1, 1]})
+    frame = frame.assign(cloud_correct=[1.0, 1, 0, 1], mark=[1, 1, 0, 0], flat=0.3)
+    count = np.ones((1, 4))
+
+    def value(name: str, score: str, share: float | str | None) -> float:
+        return float(at_share(frame, count, score, share)[name][0])
+
+    # The two ties gain +1 and -1: routing either is worth 0 in expectation
+    shares = [0, 0.25, 0.5, 0.75, 1]
+    assert [value("sysacc", "score", s) for s in shares] == [0.5, 0.75, 0.75, 0.75, 0.75]
+    assert [value("lift", "flat", s) for s in [*shares, None]] == pytest.approx([0] * 6)
+    assert value("share", "score", "mark") == 0.5 and value("lift", "score", "mark") == 0.125
+    unparsed = frame.assign(score=[1.0, 0.5, np.nan, 1.0])
+    assert at_share(unparsed, count, "score", 0.25)["sysacc"][0] == 0.25  # it goes first
+
+
+@given(st.lists(ANSWER, min_size=2, max_size=30), st.floats(0, 1))
+@settings(max_examples=20, deadline=None)
+def test_the_area_is_the_mean_lift_and_no_router_beats_the_oracle(rows: list, share: float) -> None:
+    frame = pd.DataFrame(rows, columns=["local_correct", "cloud_correct", "score"]).astype(float)
+    counts = np.arange(1.0, len(rows) + 1)[None] % 3
+    at = np.linspace(0, 1, int(counts.sum()) + 1)  # the knots of a piecewise linear curve
+    lines = [at_share(frame, counts, "score", s) for s in at]
+    for name in ("sysacc", "lift"):
+        line = [values[name][0] for values in lines]
+        result = at_share(frame, counts, "score", None)[name][0]
+        assert result == pytest.approx(np.trapezoid(line, at), abs=1e-9)
+    perfect = frame.assign(score=frame["local_correct"] - frame["cloud_correct"])
+    best = at_share(perfect, counts, "score", share)["sysacc"][0]
+    assert at_share(frame, counts, "score", share)["sysacc"][0] <= best + 1e-9
+
+
+def test_scores_are_compared_at_one_share() -> None:
+    outcomes = make_outcomes(400, rich=True)
+    outcomes["noise"] = np.random.default_rng(1).random(1200)
+    outcomes["same"], outcomes["routed"] = outcomes["confidence"] * 2 - 1, outcomes["p_true"] < 0.4
+    scores = ["confidence", "noise", "same"]
+    table = routing.score_table(outcomes, scores, "routed", resamples=500)
+    rows = table.set_index(["score", "domain"])
+    routed = outcomes.groupby("domain")["routed"].mean()
+    assert rows.loc["noise"]["share"].tolist() == pytest.approx([*routed, routed.mean()])
+    noise, same = rows.loc[("noise", "mean")], rows.loc[("same", "mean")]
+    assert noise["difference_low"] > 0 and noise["p"] == noise["p_holm"] / 2 < 0.01
+    assert same["difference"] == 0 and same["p"] == 1 == same["p_holm"]
+    assert rows.loc["confidence", "p_holm"].isna().all()
+    single = mean_row(routing.score_table(outcomes, ["confidence"], 0.3, resamples=20))
+    curve = routing.share_curve(outcomes.assign(domain="all"), resamples=20)
+    assert single["area"] > 0.03 and np.isnan(single["p_holm"])
+    pooled = routing.score_table(outcomes.assign(domain="all"), ["confidence"], 0.3, resamples=20)
+    assert pooled["lift"][0] == pytest.approx(np.interp(0.3, curve["share"], curve["lift"]))
+
+
+@pytest.mark.parametrize("score", ["confidence", "expected_confidence"])
+def test_the_curve_joins_local_and_cloud_through_the_threshold(score: str) -> None:
+    outcomes = make_outcomes(rich=True)
+    curve = routing.share_curve(outcomes, score, points=1001, resamples=20)
+    mean = mean_row(routing.routing_table(outcomes, score=score, resamples=20))
+    assert curve["sysacc"].iloc[[0, -1]].tolist() == pytest.approx([mean["raw"], mean["cloud"]])
+    for name in ("sysacc", "random", "lift"):
+        at = np.interp(mean["routed"], curve["share"], curve[name])
+        assert at == pytest.approx(mean[name], abs=2e-3)
+    assert (curve["sysacc"] <= curve["oracle"] + 1e-6).all()
+    assert curve["lift"].iloc[[0, -1]].abs().max() < 1e-6
+
+
+def test_the_curve_of_several_seeds_is_the_mean_of_theirs() -> None:
+    outcomes = make_seeds(3, 40)
+    runs = [routing.share_curve(part, resamples=5) for _, part in outcomes.groupby("seed")]
+    both = routing.share_curve(outcomes, resamples=5)
+    np.testing.assert_allclose(both["sysacc"], np.mean([run["sysacc"] for run in runs], axis=0))
+
+
+def test_a_difference_of_rounding_alone_is_0() -> None:
+    outcomes = make_outcomes(40, 25, seed=3)
+    outcomes["fine"] = np.random.default_rng(3).random(len(outcomes))
+    table = routing.score_table(outcomes, ["fine", "confidence"], 1.0, resamples=100)
+    rows = table[table["score"] == "confidence"]
+    assert (rows[["difference", "difference_low", "difference_high"]] == 0).all(axis=None)
+    assert (rows["p"] == 1).all()
+
+
+@pytest.mark.parametrize("share", [1.5, -0.1, float("nan")])
+def test_a_share_is_from_0_to_1(share: float) -> None:
+    with pytest.raises(ValueError, match="expected 0 to 1"):
+        bootstrap(make_outcomes(10, 2), partial(at_share, score="confidence", share=share), 10)
 
 
 # ---- tau for a purpose
@@ -353,7 +360,7 @@ def test_tau_for_a_budget() -> None:
     choice = choose_tau(outcomes, max_cloud_share=0.3)
     assert choice.tau == 0.5 and choice.cloud_share <= 0.3 and choice.n == 6000
     assert choose_tau(outcomes.assign(cloud_correct=0.0), max_cloud_share=1).tau == 0
-    with pytest.raises(ValueError, match=r"the least is 1\.000"):
+    with pytest.raises(ValueError, match=r"routes at least 1\.000"):
         choose_tau(outcomes.assign(confidence=math.nan), max_cloud_share=0.5)
     for wrong in ({}, {"max_risk": 0.1, "max_cloud_share": 0.1}):
         with pytest.raises(ValueError, match="give one of"):
@@ -373,7 +380,7 @@ def test_a_budget_says_how_far_it_is_overrun() -> None:
     ]
     excess = np.mean([max(choice.tau - 0.4, 0) for choice in choices])
     assert np.mean([choice.overrun for choice in choices]) == pytest.approx(excess, abs=0.004)
-    assert excess > 0.002 and f"{choices[0].overrun:.3f}" in choices[0].reason
+    assert excess > 0.002
 
 
 @pytest.mark.parametrize(
@@ -448,13 +455,10 @@ def test_published_rows_follow_from_their_other_columns() -> None:
         gap = card["cloud"].reindex(table.index) - table["raw"]  # one cloud serves every edge model
         again = (table["raw"] + table["routed"] / 100 * gap - table["random"]).abs()
         assert again.max() <= 0.1 and again.notna().sum() >= 5
-        assert table["source"].str.startswith("issai/").all()
         if "cloud" in table:
             stated = table["cloud"].dropna()
             assert stated.equals(card.loc[stated.index, "cloud"])
-    means = card.drop("mean").mean(numeric_only=True) - card.loc["mean"].drop("source").astype(
-        float
-    )
+    means = card.drop("mean").mean() - card.loc["mean"].astype(float)
     assert means.abs().max() <= 0.1 and card.loc["mean", "lift"] == pytest.approx(4.64, abs=0.01)
     automix = routing.published("automix").set_index("method").loc["FogGen"]
     assert abs(card.loc["mean", "lift"] - automix["lift"]) <= 0.1

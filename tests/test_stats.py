@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from outcomes_factory import CLOUD, LEVELS, LOCAL, STATED, make_outcomes, make_seeds
+from outcomes_factory import CLOUD, LEVELS, LOCAL, STATED, make_outcomes, make_seeds, mean_row
 from sklearn.metrics import roc_auc_score
 from statsmodels.stats.proportion import proportion_confint
 
-from foggen import resampling, routing, stats
-from foggen.resampling import bootstrap, means, paired_table
-from foggen.stats import at_share
+from foggen import routing, stats
+from foggen.stats import bootstrap, calibration, means, paired_table
 
 QUESTION = st.tuples(st.sampled_from(LEVELS), st.booleans(), st.booleans(), st.integers(1, 3))
 QUESTIONS = st.lists(QUESTION, min_size=2, max_size=40)
@@ -32,10 +30,6 @@ def columns(questions: list[tuple[float, bool, bool, int]]) -> tuple[np.ndarray,
 
 def accuracy(frame: pd.DataFrame, counts: np.ndarray) -> dict[str, np.ndarray]:
     return {"accuracy": means(counts, frame["local_correct"])}
-
-
-def mean_row(table: pd.DataFrame) -> pd.Series:
-    return table.set_index("domain").loc["mean"]
 
 
 # ---- ranking and calibration
@@ -72,7 +66,7 @@ def test_aurc_is_the_mean_over_all_orders_of_tied_answers(rows: list) -> None:
 def test_calibration_by_hand() -> None:
     frame = pd.DataFrame({"id": list("abcde"), "confidence": [0.5, 0.5, 1.0, 1.0, np.nan]})
     frame["local_correct"] = [1.0, 0, 1, 0, 0]
-    result = {name: v[0] for name, v in stats.calibration(frame, np.ones((1, 5))).items()}
+    result = {name: v[0] for name, v in calibration(frame, np.ones((1, 5))).items()}
     assert result["ece_bucket"] == pytest.approx(0.25)  # half the answers at a gap of 0, half at .5
     assert result["brier"] == pytest.approx((0.25 + 0.25 + 0 + 1) / 4)
     assert (result["parsed"], result["local_accuracy"], result["mean_confidence"]) == (
@@ -98,7 +92,7 @@ def test_copies_of_a_question_change_no_calibration() -> None:
     single = make_outcomes(60, 1)
     copies = single.loc[single.index.repeat(3)].assign(fact=lambda f: f["id"])
     copies["id"] = [str(i) for i in range(180)]
-    first, second = (stats.calibration(f, np.ones((1, len(f)))) for f in (single, copies))
+    first, second = (calibration(f, np.ones((1, len(f)))) for f in (single, copies))
     for name in set(first) - {"aurc"}:  # a sum over places, so n matters a little
         np.testing.assert_allclose(first[name], second[name], err_msg=name)
 
@@ -115,101 +109,14 @@ def test_tables_explain_every_gap() -> None:
     outcomes.loc[outcomes["domain"] == "domain0", "local_correct"] = 1.0
     outcomes.loc[outcomes["domain"] == "domain1", "confidence"] = np.nan
     outcomes["domain"] = pd.Categorical(outcomes["domain"], [*outcomes["domain"].unique(), "empty"])
-    table = stats.calibration_table(outcomes, resamples=200).set_index("domain")
+    table = bootstrap(outcomes, calibration, 200).table().set_index("domain")
     assert "auroc: answers all right or all wrong" in table.loc["domain0", "note"]
-    assert "ece_bucket_debiased" in table.loc["domain1", "note"]
-    assert "no parsed confidence" in table.loc["domain1", "note"]
+    assert "ece_bucket_debiased: no parsed confidence" in table.loc["domain1", "note"]
     assert table.loc["domain2", "note"] == "" and table.loc["domain2"].notna().all()
-    assert table.loc["empty", "note"] == "no questions"
-    assert "mean of the domains where defined" in table.loc["mean", "note"]
+    assert table.loc["mean", "note"] == ""
+    assert table.loc["mean", "auroc"] == pytest.approx(table["auroc"][1:3].mean())
     assert table.loc["domain1", ["parsed", "auroc"]].tolist() == [0, 0.5]
-    assert table["n"].tolist() == [60, 60, 60, 0, 180]
-
-
-def test_round_table_has_shares_of_stated_buckets() -> None:
-    outcomes = make_outcomes(40)
-    table = stats.round_table({0: outcomes.assign(confidence=1.0), 3: outcomes}, resamples=20)
-    assert table["round"].tolist() == [0] * 4 + [3] * 4
-    assert table.filter(regex=r"^bucket [\d.]+$").sum(axis=1).to_numpy() == pytest.approx(1)
-    stated = (outcomes["confidence"] == 0.25).groupby(outcomes["domain"]).mean()
-    assert table["bucket 0.25"][4:7].tolist() == stated.tolist()
-
-
-# ---- routing at a share
-
-
-def test_routing_at_a_share_by_hand() -> None:
-    frame = pd.DataFrame({"score": [0.0, 0.5, 0.5, 1.0], "local_correct": [0.0, 0, 1, 1]})
-    frame = frame.assign(cloud_correct=[1.0, 1, 0, 1], mark=[1, 1, 0, 0], flat=0.3)
-    count = np.ones((1, 4))
-
-    def value(name: str, score: str, share: float | str | None) -> float:
-        return float(at_share(frame, count, score, share)[name][0])
-
-    # The two ties gain +1 and -1: routing either is worth 0 in expectation
-    shares = [0, 0.25, 0.5, 0.75, 1]
-    assert [value("sysacc", "score", s) for s in shares] == [0.5, 0.75, 0.75, 0.75, 0.75]
-    assert [value("lift", "flat", s) for s in [*shares, None]] == pytest.approx([0] * 6)
-    assert value("share", "score", "mark") == 0.5 and value("lift", "score", "mark") == 0.125
-    unparsed = frame.assign(score=[1.0, 0.5, np.nan, 1.0])
-    assert at_share(unparsed, count, "score", 0.25)["sysacc"][0] == 0.25  # it goes first
-
-
-@given(QUESTIONS, st.floats(0, 1))
-@settings(max_examples=20, deadline=None)
-def test_the_area_is_the_mean_lift_and_no_router_beats_the_oracle(
-    questions: list, share: float
-) -> None:
-    score, local, cloud, counts = columns(questions)
-    frame = pd.DataFrame({"score": score, "local_correct": local, "cloud_correct": cloud})
-    at = np.linspace(0, 1, int(counts.sum()) + 1)  # the knots of a piecewise linear curve
-    lines = [at_share(frame, counts, "score", s) for s in at]
-    for name in ("sysacc", "lift"):
-        line = [values[name][0] for values in lines]
-        result = at_share(frame, counts, "score", None)[name][0]
-        assert result == pytest.approx(np.trapezoid(line, at), abs=1e-9)
-    best = at_share(frame.assign(score=local - cloud), counts, "score", share)["sysacc"][0]
-    assert at_share(frame, counts, "score", share)["sysacc"][0] <= best + 1e-9
-
-
-def test_scores_are_compared_at_one_share() -> None:
-    outcomes = make_outcomes(400, rich=True)
-    outcomes["noise"] = np.random.default_rng(1).random(1200)
-    outcomes["same"], outcomes["routed"] = outcomes["confidence"] * 2 - 1, outcomes["p_true"] < 0.4
-    scores = ["confidence", "noise", "same"]
-    table = stats.score_table(outcomes, scores, "routed", resamples=500)
-    rows = table.set_index(["score", "domain"])
-    routed = outcomes.groupby("domain")["routed"].mean()
-    assert rows.loc["noise"]["share"].tolist() == pytest.approx([*routed, routed.mean()])
-    noise, same = rows.loc[("noise", "mean")], rows.loc[("same", "mean")]
-    assert noise["difference_low"] > 0 and noise["p"] == noise["p_holm"] / 2 < 0.01
-    assert same["difference"] == 0 and same["p"] == 1 == same["p_holm"]
-    assert rows.loc["confidence", "p_holm"].isna().all()
-    single = mean_row(stats.score_table(outcomes, ["confidence"], 0.3, resamples=20))
-    curve = stats.share_curve(outcomes.assign(domain="all"), resamples=20)
-    assert single["area"] > 0.03 and np.isnan(single["p_holm"])
-    pooled = stats.score_table(outcomes.assign(domain="all"), ["confidence"], 0.3, resamples=20)
-    assert pooled["lift"][0] == pytest.approx(np.interp(0.3, curve["share"], curve["lift"]))
-
-
-@pytest.mark.parametrize("score", ["confidence", "expected_confidence"])
-def test_the_curve_joins_local_and_cloud_through_the_threshold(score: str) -> None:
-    outcomes = make_outcomes(rich=True)
-    curve = stats.share_curve(outcomes, score, points=1001, resamples=20)
-    mean = mean_row(routing.routing_table(outcomes, score=score, resamples=20))
-    assert curve["sysacc"].iloc[[0, -1]].tolist() == pytest.approx([mean["raw"], mean["cloud"]])
-    for name in ("sysacc", "random", "lift"):
-        at = np.interp(mean["routed"], curve["share"], curve[name])
-        assert at == pytest.approx(mean[name], abs=2e-3)
-    assert (curve["sysacc"] <= curve["oracle"] + 1e-6).all()
-    assert curve["lift"].iloc[[0, -1]].abs().max() < 1e-6
-
-
-def test_the_curve_of_several_seeds_is_the_mean_of_theirs() -> None:
-    outcomes = make_seeds(3, 40)
-    runs = [stats.share_curve(part, resamples=5) for _, part in outcomes.groupby("seed")]
-    both = stats.share_curve(outcomes, resamples=5)
-    np.testing.assert_allclose(both["sysacc"], np.mean([run["sysacc"] for run in runs], axis=0))
+    assert table["n"].tolist() == [60, 60, 60, 180]  # an unused category is no domain
 
 
 # ---- resampling
@@ -217,13 +124,13 @@ def test_the_curve_of_several_seeds_is_the_mean_of_theirs() -> None:
 
 def test_counts_resample_whole_facts() -> None:
     frame = pd.DataFrame({"id": list("abcccc"), "fact": [0, 0, None, 7, 7, 7]})
-    codes = resampling.fact_codes(frame)
+    codes = stats.fact_codes(frame)
     assert codes.tolist() == [0, 0, 1, 2, 2, 2]
-    counts = resampling.draw_counts(codes, 500, np.random.default_rng(0))
+    counts = stats.draw_counts(codes, 500, np.random.default_rng(0))
     assert (counts[:, 0] == counts[:, 1]).all() and (counts[:, 3] == counts[:, 5]).all()
     assert counts.shape == (500, 6) and (counts[:, [0, 2, 3]].sum(axis=1) == 3).all()
     ids = pd.DataFrame({"id": ["x", "fact x", "x"], "fact": [None, None, "x"]})
-    assert resampling.fact_codes(ids).tolist() == [0, 1, 2]
+    assert stats.fact_codes(ids).tolist() == [0, 1, 2]
 
 
 def test_bootstrap_is_seeded_and_whole_facts_widen_it() -> None:
@@ -240,15 +147,15 @@ def test_metrics_are_taken_per_seed_and_then_averaged() -> None:
     outcomes = make_seeds(4, 60)
     outcomes.loc[outcomes["seed"] == 1, "confidence"] /= 2  # pooled, its scores would mix
     outcomes = outcomes[(outcomes["seed"] < 3) | (outcomes["domain"] != "domain0")]
-    run = bootstrap(outcomes, stats.calibration, 50)
-    alone = {s: stats.calibration_table(part, resamples=1) for s, part in outcomes.groupby("seed")}
+    run = bootstrap(outcomes, calibration, 50)
+    alone = {s: bootstrap(part, calibration, 1).table() for s, part in outcomes.groupby("seed")}
     for name in ("auroc", "ece_bucket", "ece_bucket_debiased", "brier"):
         by_seed = pd.DataFrame({s: t.set_index("domain")[name] for s, t in alone.items()})
         expected = by_seed.drop("mean").mean(axis=1)
         assert run.values[name][:-1, 0] == pytest.approx(expected.to_numpy())
         assert run.values[name][-1, 0] == pytest.approx(expected.mean())
     assert run.questions.tolist() == [60, 60, 60, 180]
-    pooled = stats.calibration_table(outcomes.drop(columns="seed"), resamples=1)
+    pooled = bootstrap(outcomes.drop(columns="seed"), calibration, 1).table()
     assert run.values["auroc"][-1, 0] - mean_row(pooled)["auroc"] > 0.01
 
 
@@ -286,16 +193,16 @@ def test_p_is_below_5_percent_just_where_the_interval_leaves_out_0(
     rng = np.random.default_rng(seed)
     draws = np.round(rng.normal(rng.uniform(-3, 3), 1, 400) * parts) / parts
     for centre in (False, True):
-        low, high, p = resampling.quantile_interval(draws, facts, 0.95, centre)
+        low, high, p = stats.quantile_interval(draws, facts, centre)
         assert (p < 0.05) == (low > 0 or high < 0)
 
 
 def test_the_interval_of_a_calibration_error_is_moved_and_stays_in_range() -> None:
     draws = np.append(0.02, np.random.default_rng(0).normal(0.03, 0.01, 4000).clip(0))
-    wide, narrow = (resampling.quantile_interval(draws, n, 0.95, True) for n in (10, 9999))
+    wide, narrow = (stats.quantile_interval(draws, n, True) for n in (10, 9999))
     assert narrow[:2] == pytest.approx([0.02 - 0.0196, 0.02 + 0.0196], abs=1e-3)
     assert wide[0] == 0 and wide[1] > narrow[1]  # never below 0, as no draw is
-    plain = resampling.quantile_interval(draws, 9999)
+    plain = stats.quantile_interval(draws, 9999)
     assert plain[:2] == pytest.approx([0.03 - 0.0196, 0.03 + 0.0196], abs=1e-3)
 
 
@@ -310,13 +217,7 @@ def test_shares_of_0_and_of_all_have_exact_binomial_ends(rate: float) -> None:
                 expected
             )
     assert routed["lift"].abs().max() == 0 == routed["lift_high"].abs().max()  # by arithmetic
-    stated = stats.round_table({0: outcomes}, resamples=50)
-    never = f"bucket {rate:g}"
-    assert stated[never].max() == 0 < stated[f"{never}_high"].min()
-    sides = {
-        "after": bootstrap(outcomes, accuracy, 50),
-        "before": bootstrap(outcomes, accuracy, 50),
-    }
+    sides = {name: bootstrap(outcomes, accuracy, 50) for name in ("after", "before")}
     paired = mean_row(paired_table(sides, "accuracy"))
     assert paired["before_high"] - paired["before_low"] == pytest.approx(expected[1] - expected[0])
     assert paired["difference_low"] == paired["difference_high"] == 0 and paired["p"] == 1
@@ -325,28 +226,36 @@ def test_shares_of_0_and_of_all_have_exact_binomial_ends(rate: float) -> None:
 def test_few_facts_are_said() -> None:
     outcomes = pd.concat([make_outcomes(19, 1), make_outcomes(40, 2, per_fact=2, seed=1).iloc[40:]])
     table = bootstrap(outcomes, accuracy, 50).table().set_index("domain")
-    assert table.loc["domain0", "note"] == "fewer than 20 facts: hardly an interval"
+    assert table.loc["domain0", "note"] == "fewer than 20 facts in a domain: hardly an interval"
     assert table.loc["domain1", ["facts", "note"]].tolist() == [20, ""]
-    assert table.loc["mean", "note"] == "1 domains of fewer than 20 facts"
+    assert table.loc["mean", "note"] == table.loc["domain0", "note"]
 
 
 def test_checkpoints_are_paired_by_question() -> None:
-    before, after = make_outcomes(80, rich=True), make_outcomes(80, rich=True, seed=1)
-    before["p_true"], after["p_true"] = after["p_true"].to_numpy(), before["p_true"].to_numpy()
-    options = {"score": "p_true", "share": 0.3}
-    runs = [bootstrap(f, partial(at_share, **options), 400) for f in (after, before)]
-    table = mean_row(paired_table(dict(zip(["after", "before"], runs, strict=True)), "sysacc"))
-    values = [run.values["sysacc"][-1] for run in runs]
-    assert table["difference"] == values[0][0] - values[1][0] == table["after"] - table["before"]
-    drawn = np.quantile(values[0][1:] - values[1][1:], [0.025, 0.975])
+    before, after = make_outcomes(80), make_outcomes(80, seed=1)
+    sides = {"after": bootstrap(after, accuracy, 400), "before": bootstrap(before, accuracy, 400)}
+    table = mean_row(paired_table(sides, "accuracy"))
+    second, first = (run.values["accuracy"][-1] for run in sides.values())
+    assert table["difference"] == second[0] - first[0] == table["after"] - table["before"]
+    drawn = np.quantile(second[1:] - first[1:], [0.025, 0.975])
     result = table[["difference_low", "difference_high"]].to_numpy(float)
     np.testing.assert_allclose(result, drawn, atol=6e-3)  # but for the t quantile of 80 facts
-    other = bootstrap(before.iloc[::-1], partial(at_share, **options), 400)
-    alone = bootstrap(before.assign(fact="one"), partial(at_share, **options), 400)
-    with pytest.raises(ValueError, match="same questions, seeds, domains and facts"):
-        paired_table({"after": runs[0], "before": alone}, "sysacc")
-    with pytest.raises(ValueError, match="same questions, seeds, domains and facts"):
-        paired_table({"after": runs[0], "before": other}, "sysacc")
+    for other in (before.iloc[::-1], before.assign(fact="one")):
+        with pytest.raises(ValueError, match="same questions, seeds, domains and facts"):
+            paired_table({"after": sides["after"], "b": bootstrap(other, accuracy, 9)}, "accuracy")
+
+
+def test_an_undefined_difference_has_no_p() -> None:
+    outcomes = make_outcomes(40)
+
+    def statistic(frame: pd.DataFrame, counts: np.ndarray) -> dict[str, np.ndarray]:
+        asked = counts * (frame["domain"] != "domain0").to_numpy()
+        return {"difference": means(asked, frame["cloud_correct"] - frame["local_correct"])}
+
+    table = bootstrap(outcomes, statistic, 100).table()
+    assert table.loc[0, ["difference", "difference_low", "p"]].isna().all()
+    assert table["note"].tolist() == ["difference: undefined", "", "", ""]
+    assert table.loc[1:, "p"].notna().all()
 
 
 @pytest.mark.parametrize("facts", [1, 3, 12])
@@ -358,30 +267,6 @@ def test_a_few_facts_without_spread_have_no_interval(facts: int) -> None:
     assert (table["difference"] == 0.25).all()
     assert table[["difference_low", "difference_high", "p"]].isna().all(axis=None)
     assert table["note"].str.contains("fewer than 20 facts").all()
-
-
-def test_a_difference_of_rounding_alone_is_0() -> None:
-    outcomes = make_outcomes(40, 25, seed=3)
-    outcomes["fine"] = np.random.default_rng(3).random(len(outcomes))
-    table = stats.score_table(outcomes, ["fine", "confidence"], 1.0, resamples=100)
-    rows = table[table["score"] == "confidence"]
-    assert (rows[["difference", "difference_low", "difference_high"]] == 0).all(axis=None)
-    assert (rows["p"] == 1).all()
-
-
-@pytest.mark.parametrize("share", [1.5, -0.1, float("nan")])
-def test_a_share_is_from_0_to_1(share: float) -> None:
-    with pytest.raises(ValueError, match="expected 0 to 1"):
-        bootstrap(make_outcomes(10, 2), partial(at_share, share=share), 10)
-
-
-def test_an_undefined_difference_has_no_p() -> None:
-    outcomes = make_outcomes(40, rich=True)
-    outcomes["domain"] = pd.Categorical(outcomes["domain"], [*outcomes["domain"].unique(), "empty"])
-    table = stats.score_table(outcomes, ["confidence", "p_true"], 0.3, resamples=100)
-    empty = table[table["domain"] == "empty"]
-    assert empty[["difference", "difference_low", "p", "p_holm"]].isna().all(axis=None)
-    assert table.loc[table["domain"] != "empty", "p"].notna().all()
 
 
 def test_a_single_other_answer_is_no_evidence() -> None:
@@ -417,7 +302,8 @@ def test_intervals_cover_the_truth_in_95_percent_of_data_sets(per_fact: int, agr
     hits = dict.fromkeys(truth(), 0)
 
     def statistic(frame: pd.DataFrame, counts: np.ndarray) -> dict[str, np.ndarray]:
-        return routing.routing_metrics(frame, counts) | stats.calibration(frame, counts)
+        routed = routing.routing_metrics(frame, counts, 0.5, "confidence")
+        return routed | calibration(frame, counts)
 
     for seed in range(2000):
         outcomes = make_outcomes(150 * per_fact, 2, seed, per_fact, agree=agree)
@@ -439,5 +325,5 @@ def test_the_noise_of_p_is_that_of_other_resamples() -> None:
         return {"difference": means(counts, frame["difference"])}
 
     p = [mean_row(bootstrap(outcomes, statistic, 500, seed).table())["p"] for seed in range(50)]
-    said = float(resampling.p_noise(np.mean(p), np.mean(p), 500)) / 1.96
+    said = float(stats.p_noise(np.mean(p), np.mean(p), 500)) / 1.96
     assert 0.5 < np.std(p) / said < 1.5 and 0.001 < np.mean(p) < 0.9

@@ -20,7 +20,7 @@ import pytest
 from outcomes_factory import make_outcomes
 
 from foggen.routing import OutcomesError, check_outcomes, read_outcomes
-from foggen.stats import calibration_table
+from foggen.stats import bootstrap, calibration
 from foggen.store import ROOT
 
 NOTEBOOK = ROOT / "notebooks" / "07_your_outcomes.ipynb"
@@ -34,7 +34,7 @@ def shown() -> dict[str, Any]:
     """The functions that the notebook shows, by name, without what runs around them."""
     names: dict[str, Any] = {}
     imports = "import numpy as np, pandas as pd\nfrom sklearn.isotonic import IsotonicRegression"
-    ours = "from foggen.resampling import fact_codes\nfrom foggen.routing import OutcomesError"
+    ours = "from foggen.routing import OutcomesError\nfrom foggen.stats import fact_codes"
     exec(f"{imports}\n{ours}\nsource = 'mine.csv'", names)
     for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
         if cell.cell_type != "code":
@@ -344,6 +344,20 @@ def test_a_free_score_alone_is_enough(tmp_path: Path) -> None:
     )
 
 
+def test_what_is_said_where_there_is_little_to_say(tmp_path: Path) -> None:
+    same = make_outcomes(60).assign(cloud_correct=lambda frame: frame["local_correct"])
+    assert "The cloud is no better" in told(tmp_path, same, *ALWAYS)[1]
+    _, text = told(tmp_path, make_outcomes(2, 30).assign(confidence=math.nan), *ALWAYS)
+    assert "nothing here says how sure" in text and "read the rows of all questions" in text
+
+
+def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"mine\.csv has no column `costumer`"):
+        told(tmp_path, make_outcomes(5), *ALWAYS, stratum="costumer")
+    with pytest.raises(OutcomesError, match="column `confidence`: '3'; expected"):
+        told(tmp_path, make_outcomes(5).assign(confidence=3), *ALWAYS)
+
+
 DRIFT = "Has anything changed?"
 
 
@@ -395,7 +409,7 @@ def test_two_files_are_paired_whatever_their_order(tmp_path: Path) -> None:
 class TestPublishedFiles:
     def test_rlcr(self) -> None:
         table = read_outcomes(SHARED / "rlcr.csv")
-        rows = calibration_table(table, resamples=20).set_index("domain")
+        rows = bootstrap(table, calibration, 20).table().set_index("domain")
         domains = ["commonsenseqa", "gpqa", "math-500"]
         assert rows["auroc"][domains].round(4).tolist() == [0.7280, 0.5497, 0.7157]
         assert rows["brier"][domains].round(4).tolist() == [0.1673, 0.2667, 0.2514]
@@ -443,18 +457,6 @@ class TestReport:
         assert "The cloud is better" in text
         assert (tmp_path / "run" / "done" / "07_your_outcomes.json").is_file()
 
-    def test_a_cloud_that_is_no_better(self, tmp_path: Path) -> None:
-        same = make_outcomes(60).assign(cloud_correct=lambda frame: frame["local_correct"])
-        code, error, text = report(tmp_path, same)
-        assert code == 0, error
-        assert "The cloud is no better" in text
-
-    def test_no_confidence_and_tiny_domains(self, tmp_path: Path) -> None:
-        outcomes = make_outcomes(2, 30).assign(confidence=math.nan)
-        code, error, text = report(tmp_path, outcomes)
-        assert code == 0, error
-        assert "nothing here says how sure" in text and "read the rows of all questions" in text
-
     def test_a_second_file_and_a_column_of_groups(self, tmp_path: Path) -> None:
         """And a threshold that keeps everything: the two are compared at half of the questions."""
         outcomes = make_outcomes(60).assign(confidence=lambda frame: 0.5 + frame["confidence"] / 2)
@@ -465,11 +467,3 @@ class TestReport:
         assert code == 0, error
         assert "the threshold decides nothing" in text and "50% to the cloud" in text
         assert f"B: {other}" in text and re.search(r"customer.*\neven +90 ", text, flags=re.DOTALL)
-
-    def test_an_unknown_column_of_groups_is_refused(self, tmp_path: Path) -> None:
-        code, error, _ = report(tmp_path, make_outcomes(5), stratum="costumer")
-        assert code != 0 and "mine.csv has no column `costumer`" in error
-
-    def test_a_bad_file_is_refused(self, tmp_path: Path) -> None:
-        code, error, _ = report(tmp_path, make_outcomes(5).assign(confidence=3))
-        assert code != 0 and "column `confidence`: '3'; expected" in error

@@ -19,10 +19,10 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.ndimage import gaussian_filter1d
 
-from foggen import stats
 from foggen.engines import Engine, Sampling
 from foggen.prompts import parse_verification, verify_messages
 from foggen.questions import Question
+from foggen.routing import correctness
 
 BINS = 8  # one bin per verification: v is a multiple of 1/8 when all eight can be read
 KINDS = ("NEEDY", "GOOD", "HOPELESS")
@@ -55,9 +55,8 @@ def verify(
     for letter in answers:
         samples = next(replies) if letter else []
         texts = [sample.text for sample in samples]
-        tokens = sum(sample.tokens for sample in samples)
-        row = {"verification": verification_share(texts), "verification_tokens": tokens}
-        rows.append({**row, "texts": texts})
+        share, tokens = verification_share(texts), sum(sample.tokens for sample in samples)
+        rows.append({"verification": share, "verification_tokens": tokens, "texts": texts})
     return rows
 
 
@@ -94,9 +93,8 @@ def price(outcomes: pd.DataFrame, routed: ArrayLike, costs: Costs) -> Price:
     """
     if not (0 < costs.small < costs.large and costs.verify >= 0):
         raise ValueError(f"costs must be 0 < small < large and verify >= 0, got {costs}")
-    small, large = stats.correctness(outcomes)
-    gap = large - small
-    mask = np.asarray(routed, dtype=float)
+    small, large = correctness(outcomes)
+    gap, mask = large - small, np.asarray(routed, dtype=float)
     # Means over questions: share routed, accuracy gained, cost beside the edge model's answer
     rho = mask.mean(axis=-1)
     gain = mask @ gap / len(gap)
@@ -140,7 +138,7 @@ def nearest_bin(v: ArrayLike, bins: int = BINS) -> NDArray[np.int64]:
 
 def categories(outcomes: pd.DataFrame) -> NDArray[np.str_]:
     """(questions,) the first of `KINDS` that both correctness columns allow, else UNDEFINED."""
-    small, large = stats.correctness(outcomes)
+    small, large = correctness(outcomes)
     low = (small <= np.quantile(small, 0.1)) & (large <= np.quantile(large, 0.1))
     return np.select([small < large, (small == large) & (small != 0), low], KINDS, "UNDEFINED")
 
@@ -170,7 +168,7 @@ def _pomdp_simple(outcomes: pd.DataFrame, bins: int) -> list[Policy]:
 
 def _greedy_pomdp(outcomes: pd.DataFrame, bins: int) -> list[Policy]:
     """Nested sets of bins (v rounded down), by falling mean gain, smoothed (Gaussian, sigma 2)."""
-    small, large = stats.correctness(outcomes)
+    small, large = correctness(outcomes)
     index = np.floor(verification(outcomes) * bins + 1e-9).astype(np.int64)
     count = np.bincount(index, minlength=bins + 1)
     gain = np.bincount(index, large - small, minlength=bins + 1) / np.maximum(count, 1)

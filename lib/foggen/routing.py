@@ -1,26 +1,27 @@
 """Keep or route: what a confidence threshold does to accuracy, on stored outcomes.
 
-Holds the outcomes table and its checks, the tables and the choice of a threshold, and how scores
-compare as routers. Must not know how an outcome came about: no model, no prompt, no figure.
+Holds the outcomes table and its checks, what routing is worth at a threshold and at a cloud share,
+and the choice of a threshold. Must not know how an outcome came about: no model, no prompt, no
+figure.
 """
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from pandas import DataFrame as Frame
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError, create_model
 from scipy.stats import binom
 from statsmodels.stats.multitest import multipletests
 
-from foggen import resampling, stats
-from foggen.inputs import TableError, read_rows
-from foggen.prompts import BUCKETS, LETTERS
+from foggen import stats
+from foggen.inputs import Table, TableError, read_rows
+from foggen.prompts import BUCKETS
 from foggen.questions import Fact, as_name
-from foggen.resampling import MEAN, Array, Values, bootstrap, means, ratio
+from foggen.stats import MEAN, Array, Values, auroc, bootstrap, means, ratio, router_score, tie_sums
 from foggen.store import ROOT, read_json
 
 # ---- the outcomes table
@@ -34,15 +35,10 @@ def _number(value: Any) -> Any:
     return words.get(str(value).strip().lower(), value)
 
 
-def _key_part(value: Any) -> str:
-    """What makes two ids or seeds the same: 0, 0.0, "0" and false are one."""
-    return str(as_name(_number(value)))
-
-
-SHARE, COUNT = "a number from 0 to 1", "a number of at least 0"
+SHARE = "a number from 0 to 1"
 Correct = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1, description=SHARE)]
 Score = Annotated[Correct | None, BeforeValidator(_number), Field(description=f"{SHARE}, or empty")]
-Count = Annotated[float, Field(ge=0, description=COUNT)]
+Count = Annotated[float, Field(ge=0, description="a number of at least 0")]
 Name = Annotated[str, BeforeValidator(as_name)]
 
 
@@ -88,61 +84,105 @@ def check_outcomes(outcomes: Frame, source: str = "outcomes", scores: Sequence[s
     """A checked copy with numeric columns as floats; all problems come in one `OutcomesError`."""
     outcomes = outcomes.rename(columns=str)
     rows = outcomes.astype(object).where(outcomes.notna(), None).to_dict("records")
-    places = [f"{source}, row {number}" for number in range(1, len(rows) + 1)]
-    return _checked(list(zip(places, rows, strict=True)), source, scores)
+    table = [(f"{source}, row {number}", row) for number, row in enumerate(rows, 1)]
+    return _checked(table, source, scores)
 
 
-def _checked(table: list[tuple[str, Any]], source: str, scores: Sequence[str]) -> Frame:
+def _checked(table: Table, source: str, scores: Sequence[str]) -> Frame:
     """Rows with their places as a table; raises `OutcomesError` with what is wrong with them."""
     if not table:
         raise OutcomesError(f"{source}: no rows; expected one per question")
     added: dict[str, Any] = dict.fromkeys(scores, (Score, ...))
     kind: Any = create_model("Scored", __base__=Outcome, **added)
-    fields = kind.model_fields
+    fields, columns = kind.model_fields, [*dict.fromkeys(name for _, row in table for name in row)]
     required = [name for name, field in fields.items() if field.is_required()]
-    columns = list(dict.fromkeys(name for _, row in table for name in row))
-    absent = [name for name in required if name not in columns]
-    problems = [f"{source}: no column `{name}`; expected {', '.join(required)}" for name in absent]
+    if absent := [name for name in required if name not in columns]:
+        raise OutcomesError(f"{source}: no column `{absent[0]}`; expected {', '.join(required)}")
     # Every row by itself
-    empty, rows = dict.fromkeys(name for name in columns if name not in required), []
-    for place, row in table:
-        try:
-            rows.append(kind.model_validate(empty | row).model_dump())
-        except ValidationError as error:
-            names = dict.fromkeys(str(problem["loc"][0]) for problem in error.errors())
-            for name in (name for name in names if name in columns):
-                value = repr(row[name])[:60] if name in row else "missing"
-                form = fields[name].description
-                problems.append(f"{place}, column `{name}`: {value}; expected {form}")
+    blank, rows, problems = dict.fromkeys({*columns} - {*required}), [], []
+    try:
+        rows = TypeAdapter(list[kind]).validate_python([blank | row for _, row in table])
+    except ValidationError as error:
+        bad: Any = dict.fromkeys(problem["loc"][:2] for problem in error.errors())
+        for number, name in bad:
+            (place, row), form = table[number], fields[name].description
+            value = repr(row[name])[:60] if name in row else "missing"
+            problems.append(f"{place}, column `{name}`: {value}; expected {form}")
     # No question twice
-    keys = Frame([map(_key_part, (row.get("id"), row.get("seed") or 0)) for _, row in table])
+    keys = Frame([(str(as_name(row.get("id"))), as_name(row.get("seed") or 0)) for _, row in table])
     for number in np.flatnonzero(keys.duplicated()):
         problems.append(f"{table[number][0]}, column `id`: {keys[0][number]!r} is there twice")
     if problems:
         more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
         raise OutcomesError("\n".join(problems[:20] + more))
-    numbers = [name for name in columns if "float" in str(fields.get(name))]
-    return Frame(rows, columns=columns).astype(dict.fromkeys(numbers, float))
+    numbers = {name: float for name in columns if "float" in str(fields.get(name))}
+    return Frame([row.model_dump() for row in rows], columns=columns).astype(numbers)
 
 
-# ---- SysAcc, random, lift
+# ---- what a routing is worth
 
 
-def routing_metrics(
-    frame: Frame, counts: Array, tau: float = 0.5, score: str = "confidence"
-) -> Values:
-    """`stats.system` of keeping answers whose score is parsed and >= tau, else asking the cloud.
+def correctness(frame: Frame) -> tuple[Array, Array]:
+    """local_correct and cloud_correct, each (questions,)."""
+    return frame["local_correct"].to_numpy(float), frame["cloud_correct"].to_numpy(float)
 
-    Of multiple-choice questions also what knowing nothing scores: chance, and gold_share, the
-    share of the commonest letter.
+
+def routed_gain(count: Array, gain: Array, share: float | Array | None) -> Array:
+    """Mean accuracy gained by routing the lowest `share`, from `tie_sums` of cloud - local.
+
+    `share` is a number or (resamples,); None: the mean over all shares. Ties are routed at random.
     """
+    total, before = count.sum(axis=1), np.cumsum(count, axis=1) - count
+    if share is None:  # a gain is there at all shares from its own place on, ties half-way
+        return ratio((gain * (total[:, None] - before - count / 2)).sum(axis=1), total**2)
+    routed = np.clip(np.reshape(share, (-1, 1)) * total[:, None] - before, 0, count)
+    return ratio((routed * ratio(gain, count, empty=0.0)).sum(axis=1), total)
+
+
+def at_share(frame: Frame, counts: Array, score: str, share: float | str | None = None) -> Values:
+    """A score as a router, each metric (resamples,), where the lowest-scored `share` is routed.
+
+    `share` is a number, the name of a 0/1 column that marks as many questions (counted anew in
+    every resample), or None: the mean over all shares. Beside system accuracy and lift stand AUROC
+    and `area`, the lift's mean over all shares. A constant score has neither.
+    """
+    local, cloud = correctness(frame)
+    count, right, gain = tie_sums(router_score(frame, score), counts, local, cloud - local)
+    raw, gap = (ratio(sums.sum(axis=1), count.sum(axis=1)) for sums in (right, gain))
+    everywhere = routed_gain(count, gain, None)
+    if isinstance(share, str):
+        routed = means(counts, frame[share])
+    else:
+        routed = np.full(len(counts), 0.5 if share is None else share)
+    gained = everywhere if share is None else routed_gain(count, gain, routed)
+    if not ((routed >= 0) & (routed <= 1)).all():
+        raise ValueError(f"share={share}; expected 0 to 1")
+    values = {"share": routed, "sysacc": raw + gained, "lift": gained - routed * gap}
+    return values | {"auroc": auroc(count, right), "area": everywhere - gap / 2}
+
+
+def system(frame: Frame, counts: Array, routed: Array) -> Values:
+    """What routings do: metrics (resamples, routings) of `routed` (questions, routings) chances.
+
+    raw and cloud, the accuracies of either model alone, are the same for all: (resamples, 1).
+    random = (1 - routed) raw + routed cloud; lift = sysacc - random; oracle routes the same share
+    of questions, those that gain most.
+    """
+    local, cloud = correctness(frame)
+    gain, share = cloud - local, means(counts, routed)
+    raw, clouds = (means(counts, right)[:, None] for right in (local, cloud))
+    random = (1 - share) * raw + share * clouds
+    sysacc = raw + means(counts, routed * gain[:, None])
+    count, gains = tie_sums(-gain, counts, gain)
+    oracle = raw + np.stack([routed_gain(count, gains, part) for part in share.T], axis=1)
+    values = {"cloud": clouds, "raw": raw, "random": random, "sysacc": sysacc, "routed": share}
+    return values | {"lift": sysacc - random, "oracle": oracle}
+
+
+def routing_metrics(frame: Frame, counts: Array, tau: float, score: str = "confidence") -> Values:
+    """`system` of keeping answers whose score is parsed and >= tau, else asking the cloud."""
     routed = ~(frame[score] >= tau).to_numpy(bool)
-    values = {name: v[:, 0] for name, v in stats.system(frame, counts, routed[:, None]).items()}
-    if {"n_options", "gold"} <= {*frame}:
-        letters = frame["gold"].to_numpy()[:, None] == np.array([*LETTERS])
-        values["chance"] = means(counts, 1 / frame["n_options"])
-        values["gold_share"] = means(counts, letters).max(axis=1)
-    return values
+    return {name: v[:, 0] for name, v in system(frame, counts, routed[:, None]).items()}
 
 
 def routing_table(
@@ -150,18 +190,70 @@ def routing_table(
 ) -> Frame:
     """`routing_metrics` per domain and for their mean, as `Bootstrap.table` gives them.
 
-    gap_recovered = (sysacc - raw) / (cloud - raw), of the mean the ratio of the means. Any 0/1
-    column of keep decisions may stand for `score`; `options` are resamples and seed.
+    Any 0/1 column of keep decisions may stand for `score`; `options` are resamples and seed.
     """
-    result = bootstrap(outcomes, partial(routing_metrics, tau=tau, score=score), **options)
-    cloud, raw, sysacc = (result.values[name] for name in ("cloud", "raw", "sysacc"))
-    result.values["gap_recovered"] = ratio(sysacc - raw, np.where(cloud > raw, cloud - raw, 0.0))
-    return result.table()
+    return bootstrap(outcomes, partial(routing_metrics, tau=tau, score=score), **options).table()
 
 
 def sweep_table(outcomes: Frame, taus: Sequence[float] = BUCKETS, **options: Any) -> Frame:
-    """`routing_table` at every tau, one under the other, with a first column `tau`."""
-    return resampling.stack({tau: routing_table(outcomes, tau, **options) for tau in taus}, "tau")
+    """`routing_table` at every tau, one under the other, with a column `tau`."""
+    tables = [routing_table(outcomes, tau, **options).assign(tau=tau) for tau in taus]
+    return pd.concat(tables, ignore_index=True)
+
+
+def score_table(outcomes: Frame, scores: list[str], share: float | str, **options: int) -> Frame:
+    """Score columns as routers at one cloud share: `at_share`, and differences in SysAcc.
+
+    `difference` is the first score minus this one, paired; p_holm is Holm's over domains x scores,
+    and over scores for the mean rows (none for the first score itself).
+    """
+    routers = {score: partial(at_share, score=score, share=share) for score in scores}
+    runs = {score: bootstrap(outcomes, router, **options) for score, router in routers.items()}
+    for run in runs.values():
+        run.values["difference"] = runs[scores[0]].values["sysacc"] - run.values["sysacc"]
+    tables = [run.table().assign(score=score) for score, run in runs.items()]
+    table = pd.concat(tables, ignore_index=True)
+    tested = table[(table["score"] != scores[0]) & table["p"].notna()]
+    families = tested.groupby(tested["domain"] == MEAN)["p"]
+    adjusted = families.transform(lambda p: multipletests(p, method="holm")[1])
+    return table.assign(p_holm=adjusted)
+
+
+def share_curve(
+    outcomes: Frame, score: str = "confidence", points: int = 101, **options: int
+) -> Frame:
+    """Accuracy against cloud share for one threshold common to all domains: the mean over domains.
+
+    Columns share, n, and sysacc, random, oracle, lift, each with a 95% percentile band; random and
+    oracle route as much of each domain. Ties at the threshold are routed at random.
+    """
+    names, shares = ("routed", "sysacc", "random", "oracle", "lift"), np.linspace(0, 1, points)
+    rows = outcomes.assign(seed=outcomes.get("seed", 0), score=router_score(outcomes, score))
+    rows = rows.reset_index(drop=True)
+    # Each seed routes by rising score; the rows of a score share the piece from top - width to top
+    size = rows.groupby(["seed", "domain"], observed=True)["id"].transform("size")
+    rows["width"] = 1 / size / rows.groupby("seed")["domain"].transform("nunique")
+    rows["top"] = rows.sort_values("score").groupby("seed")["width"].cumsum()
+    ties = rows.groupby(["seed", "score"])
+    rows = rows.assign(width=ties["width"].transform("sum"), top=ties["top"].transform("max"))
+
+    def statistic(frame: Frame, counts: Array) -> Values:
+        width, top = frame["width"].to_numpy()[:, None], frame["top"].to_numpy()[:, None]
+        chances = np.clip((shares - top + width) / width, 0, 1)  # (questions, points)
+        curves = system(frame, counts, chances)  # each (resamples, points)
+        return {f"{name} {k}": v for name in names for k, v in enumerate(curves[name].T)}
+
+    result = bootstrap(rows, statistic, **{"resamples": 1000, **options})
+    # Means over domains: (names, points, 1 + resamples)
+    means_over_domains = np.array([values[-1] for values in result.values.values()])
+    routed, *curves = means_over_domains.reshape(len(names), points, -1)
+    table = {"share": shares, "n": outcomes["id"].nunique()}
+    for name, curve in zip(names[1:], curves, strict=True):
+        # Read off at the same shares in every resample
+        drawn = np.array([np.interp(shares, *pair) for pair in zip(routed.T, curve.T, strict=True)])
+        low, high = np.quantile(drawn[1:], [0.025, 0.975], axis=0)
+        table |= {name: drawn[0], f"{name}_low": low, f"{name}_high": high}
+    return Frame(table)
 
 
 # ---- tau for a purpose
@@ -171,8 +263,8 @@ class TauChoice(NamedTuple):
     """A threshold, and what it does on the outcomes it was chosen on.
 
     Accuracy and cloud share over questions, risk = error rate of the answers kept, n = questions
-    that chose it, `candidates` the table it was chosen from. `overrun`: by how much the cloud share
-    of other questions is expected to exceed the budget (0 without a budget).
+    that chose it. `overrun`: by how much the cloud share of other questions is expected to exceed
+    the budget (0 without a budget).
     """
 
     tau: float
@@ -181,8 +273,6 @@ class TauChoice(NamedTuple):
     risk: float
     overrun: float
     n: int
-    candidates: Frame
-    reason: str
 
 
 def choose_tau(
@@ -210,55 +300,32 @@ def choose_tau(
     """
     if (max_cloud_share is None) == (max_risk is None) or not len(candidates):
         raise ValueError("choose_tau: give one of max_cloud_share and max_risk, and candidates")
-    for value in (max_cloud_share, max_risk, delta):
-        if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"choose_tau: {value}; expected: a share from 0 to 1")
-    overrun = 0.0
-    if max_cloud_share is not None:
-        table = _candidates(outcomes, sorted(candidates), score)
-        best, overrun = _within_budget(outcomes, table, score, max_cloud_share, seed)
-        here = f"most accurate with cloud share <= {max_cloud_share:g} here"
-        reason = f"{here}; elsewhere {overrun:.3f} more"
-    else:
-        outcomes = _independent(outcomes, seed)
-        table = _candidates(outcomes, [*sorted(candidates), math.inf], score)
-        p = binom.cdf(table["errors"], table["kept"], max_risk)
-        adjusted = multipletests(p[:-1], method="holm")[1]
-        table = table.assign(p=p, p_holm=[*adjusted, 0.0])  # tau = inf keeps no wrong answer
-        best = (table["p_holm"] <= delta).idxmax()
-        reason = f"lowest tau with error of kept answers <= {max_risk} at confidence {1 - delta:g}"
-    tau, accuracy, share, risk = table.loc[best, ["tau", "accuracy", "cloud_share", "risk"]]
-    return TauChoice(tau, accuracy, share, risk, overrun, len(outcomes), table, reason)
-
-
-def _candidates(outcomes: Frame, taus: Sequence[float], score: str) -> Frame:
-    """Per tau: accuracy, cloud_share, kept (count), errors (among kept), risk (0 of none kept)."""
-    local, cloud = stats.correctness(outcomes)
-    keep = outcomes[score].to_numpy(float)[:, None] >= np.array(taus)  # (questions, taus)
+    if not all(0 <= share <= 1 for share in (max_cloud_share or 0, max_risk or 0, delta)):
+        raise ValueError("choose_tau: max_cloud_share, max_risk and delta are shares from 0 to 1")
+    taus, overrun = np.sort(candidates), 0.0
+    if max_risk is not None:
+        outcomes, taus = _independent(outcomes, seed), np.append(taus, np.inf)
+    # What every candidate does: arrays (taus,), from arrays (questions, taus)
+    local, cloud = correctness(outcomes)
+    keep = outcomes[score].to_numpy(float)[:, None] >= taus
+    right = np.where(keep, local[:, None], cloud[:, None])
+    accuracy, share = right.mean(axis=0), (~keep).mean(axis=0)
     kept, errors = keep.sum(axis=0), (1 - local) @ keep
-    accuracy = np.where(keep, local[:, None], cloud[:, None]).mean(axis=0)
-    columns = {"tau": taus, "accuracy": accuracy, "cloud_share": (~keep).mean(axis=0)}
-    return Frame(columns | {"kept": kept, "errors": errors, "risk": ratio(errors, kept, empty=0.0)})
-
-
-def _within_budget(
-    outcomes: Frame, table: Frame, score: str, budget: float, seed: int
-) -> tuple[int, float]:
-    """The place of the most accurate candidate, and the mean overrun of choices on resamples."""
-    allowed, shares = table["cloud_share"] <= budget, table["cloud_share"].to_numpy()
-    if not allowed.any():
-        trouble = f"no candidate routes at most {budget}; the least is {shares.min():.3f}"
-        raise ValueError(f"choose_tau: {trouble}")
-    best = table["accuracy"].where(allowed).idxmax()
-    # Choose again on resamples: arrays (resamples, taus)
-    local, cloud = (values[:, None] for values in stats.correctness(outcomes))
-    keep = outcomes[score].to_numpy(float)[:, None] >= table["tau"].to_numpy()
-    rng = np.random.default_rng(seed)
-    counts = resampling.draw_counts(resampling.fact_codes(outcomes), 200, rng).astype(float)
-    accuracy, share = means(counts, np.where(keep, local, cloud)), means(counts, ~keep)
-    # Where no candidate fits a resample, the one that routes least
-    choices = np.where(share <= budget, accuracy, -share).argmax(axis=1)
-    return int(best), float(np.maximum(shares[choices] - budget, 0).mean())
+    if max_cloud_share is None:
+        p = binom.cdf(errors, kept, max_risk)[:-1]
+        best = np.append(multipletests(p, method="holm")[1] <= delta, True).argmax()
+    elif share.min() > max_cloud_share:
+        raise ValueError(f"choose_tau: every candidate routes at least {share.min():.3f}")
+    else:
+        best = np.where(share <= max_cloud_share, accuracy, -1.0).argmax()
+        # Choose again on resampled facts; where no candidate fits, what routes least
+        rng = np.random.default_rng(seed)
+        counts = stats.draw_counts(stats.fact_codes(outcomes), 200, rng).astype(float)
+        drawn, routed = means(counts, right), means(counts, ~keep)
+        choices = np.where(routed <= max_cloud_share, drawn, -routed).argmax(axis=1)
+        overrun = float(np.maximum(share[choices] - max_cloud_share, 0).mean())
+    risk = ratio(errors, kept, empty=0.0)
+    return TauChoice(taus[best], accuracy[best], share[best], risk[best], overrun, len(outcomes))
 
 
 def _independent(outcomes: Frame, seed: int) -> Frame:
@@ -269,31 +336,24 @@ def _independent(outcomes: Frame, seed: int) -> Frame:
     if not outcomes["local_correct"].isin([0, 1]).all():
         raise ValueError("choose_tau: the exact bound needs local_correct of 0 or 1 in every row")
     shuffled = outcomes.sample(frac=1, random_state=seed).reset_index(drop=True)
-    facts = [shuffled["domain"].astype(str), resampling.fact_codes(shuffled)]
+    facts = [shuffled["domain"].astype(str), stats.fact_codes(shuffled)]
     size = shuffled.groupby(facts)["id"].transform("size")
     accepted = np.random.default_rng(seed).random(len(shuffled)) < size / size.max()
     return shuffled[accepted & (shuffled.groupby(facts).cumcount() == 0)]
 
 
-# ---- scores as routers
-
-
 def vote_share(outcomes: Frame) -> Array:
     """Self-consistency: the share of the sampled votes for the local answer; 0 without one."""
     pairs = zip(outcomes["votes"], outcomes["local_answer"].fillna(""), strict=True)
-    return np.array(
-        [votes.count(letter) / len(votes) if letter else 0.0 for votes, letter in pairs]
-    )
+    return np.array([votes.count(letter or " ") / len(votes) for votes, letter in pairs])
 
 
 # ---- published rows
 
 
 def published(name: str = "fg") -> Frame:
-    """A table of `data/published.json` (percent) with `source` and `lift` = sysacc - random."""
-    document = read_json(ROOT / "data" / "published.json")
-    block = document["tables"][name]
-    table = Frame(block["rows"]).assign(source=document["sources"][block["source"]]["name"])
+    """A table of `data/published.json` (percent) with `lift` = sysacc - random."""
+    table = Frame(read_json(ROOT / "data" / "published.json")["tables"][name]["rows"])
     if "random" in table:
         mean = table["domain"] == MEAN
         table["lift"] = table["sysacc"] - table["random"]

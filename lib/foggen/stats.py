@@ -1,23 +1,271 @@
-"""Metrics of stored outcomes: ranking, calibration, and what routing at a share gains.
+"""Metrics of stored outcomes, calibration and ranking, with intervals by resampling whole facts.
 
-Each is a function of a matrix of counts (resamples, questions), as `foggen.resampling` wants it,
-and works on arrays or on outcomes tables (see `foggen.routing`). Knows no model, no file and no
-threshold.
+A resample is a row of counts: how often each question is in it. A metric is a function of a matrix
+of counts (resamples, questions), so that one matrix product serves all resamples. Works on arrays
+or on outcomes tables (see `foggen.routing`); knows no model, no file and no threshold.
 """
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from pandas import DataFrame as Frame
 from scipy.sparse import csr_array
-from scipy.special import ndtr
-from statsmodels.stats.multitest import multipletests
+from scipy.special import ndtr, ndtri, stdtr, stdtrit
+from statsmodels.stats.proportion import proportion_confint
 
 from foggen.prompts import BUCKETS
-from foggen.resampling import MEAN, Array, Codes, Values, bootstrap, fact_codes, means, ratio, stack
+
+Array = NDArray[np.floating[Any]]
+Codes = NDArray[np.intp]
+Values = dict[str, Array]
+Statistic = Callable[[Frame, Array], Values]
+
+MEAN = "mean"
+FEW = 20  # facts: fewer hardly tell an interval
+# How the names of metrics begin that are shares of questions
+PROPORTIONS = tuple(
+    "cloud raw random sysacc routed oracle share parsed bucket accuracy local_accuracy".split()
+)
+UNDEFINED = {  # why a metric may be NaN, by the first word of its name
+    **dict.fromkeys(("mean", "ece", "brier"), "no parsed confidence"),
+    "auroc": "answers all right or all wrong",
+}
+_CHUNK = 512  # resamples evaluated together: more are no faster, and leave the cache
+_NOISE = 1e-6  # float32 rounding: a smaller value is 0
+_FAR = 40.0  # a normal score beyond all others
+
+
+# ---- sums and counts
+
+
+def ratio(top: ArrayLike, bottom: ArrayLike, empty: float = np.nan) -> Array:
+    """top / bottom, and `empty` where bottom is 0; float32 stays float32."""
+    top, bottom = np.broadcast_arrays(np.atleast_1d(top), bottom)
+    out = np.full(top.shape, empty, np.result_type(top, bottom, np.float32))
+    return np.asarray(np.divide(top, bottom, out=out, where=bottom != 0))
+
+
+def means(counts: Array, columns: ArrayLike) -> Array:
+    """Means (resamples, ...) of columns (questions, ...)."""
+    values = np.asarray(columns, counts.dtype)
+    return ratio(counts @ values, counts.sum(axis=1, keepdims=values.ndim > 1))
+
+
+def fact_codes(outcomes: Frame) -> Codes:
+    """(rows,) codes 0..F-1 of what is resampled: facts where known, else questions (all seeds)."""
+    names = "question " + outcomes["id"].astype(str)
+    if "fact" in outcomes:
+        names = names.where(outcomes["fact"].isna(), "fact " + outcomes["fact"].astype(str))
+    return np.asarray(pd.factorize(names)[0])
+
+
+def draw_counts(codes: Codes, resamples: int, rng: np.random.Generator) -> Array:
+    """(resamples, questions) float32 counts when the facts `codes` are drawn with replacement."""
+    size = int(codes.max()) + 1
+    drawn = rng.integers(0, size, (resamples, size))
+    counts = np.array([np.bincount(facts, minlength=size) for facts in drawn], np.float32)
+    return counts if size == len(codes) else counts[:, codes]  # from (resamples, facts)
+
+
+def _counts(codes: Codes, resamples: int, rng: np.random.Generator) -> Iterator[Array]:
+    """The counts of the sample itself, (1, questions), then those of resamples, in chunks."""
+    yield np.ones((1, len(codes)))
+    for start in range(0, resamples, _CHUNK):
+        yield draw_counts(codes, min(_CHUNK, resamples - start), rng)
+
+
+def seed_noise(seeds: int, resamples: int, rng: np.random.Generator) -> Array:
+    """(seeds, resamples) factors that turn the seeds' deviations into Student's t noise of a mean.
+
+    A resample of three seeds never leaves their range: its intervals cover about 80%, not 95%.
+    """
+    noise = rng.standard_normal((seeds, resamples))
+    scale = np.sqrt(seeds * rng.chisquare(max(seeds - 1, 1), resamples))
+    return np.asarray((noise - noise.mean(axis=0)) / scale)
+
+
+def _over_seeds(values: Array, noise: Array) -> Array:
+    """(resamples,) means over seeds of values (seeds, resamples), with the seeds' noise."""
+    middle, known = Frame(values).mean().to_numpy(), np.isfinite(values)  # of what is not NaN
+    drawn = middle + np.where(known, (values - middle) * noise, 0.0).sum(axis=0)
+    least, most = values.min(initial=0.0, where=known), values.max(initial=1.0, where=known)
+    return np.asarray(np.clip(drawn, least, most))
+
+
+# ---- the bootstrap
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """`values` {metric: (rows, 1 + resamples)}: the estimate, then its draws.
+
+    Rows are the domains, then their mean; `questions` and `facts` (rows,) say what they rest on.
+    `ids` holds the questions in their order, with their training seeds, domains and facts.
+    """
+
+    ids: list[tuple[Any, ...]]
+    rows: list[str]
+    questions: Codes
+    facts: Codes
+    values: Values
+    proportions: tuple[str, ...] = PROPORTIONS
+
+    def interval(self, metric: str) -> Array:
+        """(rows, 3): the ends of the 95% bootstrap interval, and the p that the metric is 0.
+
+        See `quantile_interval`. A proportion of 0 or 1 has no spread to draw: its ends are those of
+        the exact binomial (Clopper-Pearson) interval of as many facts.
+        """
+        draws, facts = denoised(self.values[metric]), self.facts[:-1]
+        sizes, centre = np.append(facts, facts.mean()), metric.startswith("ece")
+        rows = zip(draws, sizes, strict=True)
+        table = np.array([quantile_interval(row, size, centre) for row, size in rows])
+        if metric.startswith(self.proportions):
+            sizes[-1] = len(facts) ** 2 / (1 / facts).sum()  # the mean spreads as so many facts
+            rates = draws[:, 0].round()
+            exact = np.abs(draws[:, 0] - rates) < _NOISE  # none, or all
+            ends = proportion_confint((rates * sizes)[exact], sizes[exact], method="beta")
+            table[exact, :2] = np.transpose(ends)
+        return table
+
+    def table(self) -> Frame:
+        """A row per domain and for their mean: n, facts, metrics with 95% ends, and a note.
+
+        The ends of `x` are called `x_low` and `x_high`; a metric `difference` has its `p`. The mean
+        is over the domains where a metric is defined.
+        """
+        columns: dict[str, Any] = {"domain": self.rows, "n": self.questions, "facts": self.facts}
+        for metric, values in self.values.items():
+            columns[metric] = denoised(values[:, 0])
+            columns[f"{metric}_low"], columns[f"{metric}_high"], p = self.interval(metric).T
+            if metric == "difference":
+                columns["p"] = p
+        return Frame(columns | {"note": self.notes()})
+
+    def notes(self) -> list[str]:
+        """Per row, why cells are NaN, and whether facts are few."""
+        notes = []
+        for row, facts in enumerate([*self.facts[:-1], min(self.facts)]):
+            empty = [name for name, values in self.values.items() if np.isnan(values[row, 0])]
+            note = [f"{name}: {UNDEFINED.get(name.split('_')[0], 'undefined')}" for name in empty]
+            if facts < FEW:
+                note.append(f"fewer than {FEW} facts in a domain: hardly an interval")
+            notes.append("; ".join(note))
+        return notes
+
+
+def denoised(values: Array) -> Array:
+    """The values, with 0 for what float32 rounding leaves of a 0."""
+    return np.where(np.abs(values) < _NOISE, 0.0, values)
+
+
+def quantile_interval(draws: Array, facts: float, centre: bool = False) -> tuple[float, ...]:
+    """Low, high and two-sided p from an estimate and its draws (1 + resamples,) over facts.
+
+    Quantiles of the draws, widened for few facts as Hesterberg (2015) does: a t quantile, and
+    n / (n - 1) for the variance of n facts. `centre` first moves the draws so that their median is
+    the estimate: those of a calibration error lie too high. p inverts the interval: it is below 5%
+    where 0 lies outside. It is never below 2 / (1 + resamples): to correct over m comparisons, take
+    far more than 2 m / alpha resamples. Near perfect calibration no interval here covers: the
+    debiased ECE is biased upwards there, plain ECE everywhere. All are NaN where fewer than 20
+    facts leave the draws without spread: too few to tell chance from certainty.
+    """
+    known = np.sort(draws[1:][np.isfinite(draws[1:])])
+    if len(known) < 2 or np.isnan(draws[0]) or (facts < FEW and known[0] == known[-1]):
+        return np.nan, np.nan, np.nan
+    # What is never negative stays so, and what is never above 1
+    least, most = min(known[0], 0), max(known[-1], 1)
+    known = known + draws[0] - np.median(known) if centre else known
+    # Normal scores of the draws; beyond them both go on as straight as from the median to the end
+    finest, middle = 1 / (1 + len(known)), np.median(known)
+    scores = ndtri(np.linspace(0, 1, len(known)).clip(finest, 1 - finest))
+    ends = middle + (known[[0, -1]] - middle) * _FAR / abs(scores[0])
+    scores, known = np.hstack([-_FAR, scores, _FAR]), np.hstack([ends[0], known, ends[1]])
+    n = max(facts, 2)  # draws of one fact spread by the seeds alone
+    wider = np.sqrt(n / (n - 1))
+    tail = wider * stdtrit(n - 1, 0.025)
+    low, high = np.interp([tail, -tail], scores, known)
+    zero = min(np.interp(0, known, scores), np.interp(0, -known[::-1], scores))
+    p = 2 * max(stdtr(n - 1, zero / wider), finest)
+    return max(low, least), min(high, most), min(p, 1)
+
+
+def p_noise(p: ArrayLike, p_holm: ArrayLike, resamples: int) -> Array:
+    """How far (95%) Holm's p may move with the draw of the resamples.
+
+    p: the uncorrected ones, of two tails each, whose shares the resamples estimate by counting.
+    """
+    tail = np.asarray(p) / 2
+    return np.asarray(1.96 * np.sqrt((1 - tail) / tail / resamples) * np.asarray(p_holm))
+
+
+def bootstrap(
+    outcomes: Frame, statistic: Statistic, resamples: int = 10_000, seed: int = 0
+) -> Bootstrap:
+    """Paired bootstrap of facts within domains: all metrics and methods see the same resamples.
+
+    `statistic(frame, counts)` maps questions of one domain and training seed, and their counts
+    (resamples, questions), to {metric: (resamples,)}. Of several seeds (column `seed`) the mean is
+    estimated, and its draws hold the noise of training beside that of the questions. For other
+    strata: `outcomes.assign(domain=outcomes["difficulty"])`.
+    """
+    domains, names = pd.factorize(outcomes["domain"])
+    seeds = pd.factorize(outcomes.get("seed", np.zeros(len(outcomes))))[0]
+    noise = seed_noise(seeds.max() + 1, resamples, np.random.default_rng([seed, len(names)]))
+    noise = np.insert(noise, 0, 0.0, axis=1)  # the estimate stands before the draws
+    # Every domain has draws of its own
+    sizes, draws = [], []
+    for number in range(len(names)):
+        inside, rng = domains == number, np.random.default_rng([seed, number])
+        frame = outcomes[inside]
+        sizes.append((frame["id"].nunique(), len(np.unique(fact_codes(frame)))))
+        draws.append(_drawn(frame, seeds[inside], statistic, noise, rng))
+    # Add the mean of the domains where a metric is defined
+    values = {metric: np.array([drawn[metric] for drawn in draws]) for metric in draws[0]}
+    values = {metric: np.vstack([rows, Frame(rows).mean()]) for metric, rows in values.items()}
+    questions, facts = np.array([*sizes, np.sum(sizes, axis=0)]).T
+    ids = list(zip(outcomes["id"], seeds, outcomes["domain"], fact_codes(outcomes), strict=True))
+    return Bootstrap(ids, [*map(str, names), MEAN], questions, facts, values)
+
+
+def _drawn(
+    frame: Frame, seeds: Codes, statistic: Statistic, noise: Array, rng: np.random.Generator
+) -> Values:
+    """{metric: (1 + resamples,)} of one domain's questions, with noise (seeds, 1 + resamples)."""
+    places = {seed: np.flatnonzero(seeds == seed) for seed in np.unique(seeds)}
+    parts = [(frame.iloc[rows], rows) for rows in places.values()]
+    resamples = _counts(fact_codes(frame), noise.shape[1] - 1, rng)
+    chunks = [[statistic(part, counts[:, rows]) for part, rows in parts] for counts in resamples]
+    values = {}
+    for metric in chunks[0][0]:
+        # From chunks of (seeds, resamples): (seeds, 1 + resamples)
+        by_seed = np.hstack([[measured[metric] for measured in chunk] for chunk in chunks])
+        values[metric] = _over_seeds(by_seed, noise[[*places]])
+    return values
+
+
+def paired_table(sides: Mapping[str, Bootstrap], metric: str) -> Frame:
+    """One metric of two bootstraps of the same questions, and their paired `difference` with p.
+
+    `sides` maps column names to the bootstraps; the difference is the first minus the second.
+    """
+    first, second = sides.values()
+    if first.ids != second.ids:
+        raise ValueError("paired_table: expected the same questions, seeds, domains and facts")
+    a, b = first.values[metric], second.values[metric]
+    values = dict(zip([*sides, "difference"], [a, b, a - b], strict=True))
+    proportions = tuple(sides) if metric.startswith(first.proportions) else ()
+    return replace(first, values=values, proportions=proportions).table()
+
+
+def router_score(outcomes: Frame, column: str = "confidence") -> Array:
+    """What a router ranks by: the column, or -1 where unparsed, which is routed before all else."""
+    return np.asarray(outcomes[column].fillna(-1.0), dtype=float)
+
 
 # ---- ranking
 
@@ -92,9 +340,8 @@ def _rate_variance(correct: Array, counts: Array, bins: Codes, codes: Codes, rat
     The squared counts make it twice as large in a resample as in the sample, as it must be: a
     resample strays from the sample, which strayed from the truth.
     """
-    pairs = np.stack([codes, bins])
-    _, first, cell = np.unique(pairs, axis=1, return_index=True, return_inverse=True)
-    cell = cell.ravel()  # numpy 2.0 gives it another shape
+    pairs = codes * (bins.max(initial=0) + 1) + bins  # (questions,) of fact and bin
+    _, first, cell = np.unique(pairs, return_index=True, return_inverse=True)
     n, r = np.bincount(cell), np.bincount(cell, correct)  # questions, right: (facts x bins,)
     _, rr, rn, nn = tie_sums(bins[first], counts[:, first] ** 2, r * r, r * n, n * n)
     facts = np.maximum(np.unique(bins[first], return_counts=True)[1], 2)  # in the bin
@@ -125,155 +372,3 @@ def calibration(frame: Frame, counts: Array, column: str = "confidence") -> Valu
         "auroc": auroc(*sums),
         "aurc": aurc(*sums),
     }
-
-
-def calibration_table(outcomes: Frame, column: str = "confidence", **options: int) -> Frame:
-    """`calibration` of a score column per domain; `options` are resamples and seed."""
-    return bootstrap(outcomes, partial(calibration, column=column), **options).table()
-
-
-def round_table(outcomes: Mapping[int, Frame], **options: int) -> Frame:
-    """`calibration` and the share of each stated bucket per `round` and domain.
-
-    `outcomes` maps round numbers to the outcomes of their checkpoints.
-    """
-
-    def statistic(frame: Frame, counts: Array) -> Values:
-        stated = {f"bucket {b:g}": means(counts, frame["confidence"] == b) for b in BUCKETS}
-        return calibration(frame, counts) | stated
-
-    runs = {n: bootstrap(frame, statistic, **options) for n, frame in outcomes.items()}
-    return stack({n: run.table() for n, run in runs.items()}, "round")
-
-
-# ---- routers
-
-
-def correctness(frame: Frame) -> tuple[Array, Array]:
-    """local_correct and cloud_correct, each (questions,)."""
-    return frame["local_correct"].to_numpy(float), frame["cloud_correct"].to_numpy(float)
-
-
-def router_score(outcomes: Frame, column: str = "confidence") -> Array:
-    """What a router ranks by: the column, or -1 where unparsed, which is routed before all else."""
-    return np.asarray(outcomes[column].fillna(-1.0), dtype=float)
-
-
-def routed_gain(count: Array, gain: Array, share: ArrayLike | None) -> Array:
-    """Mean accuracy gained by routing the lowest `share`, from `tie_sums` of cloud - local.
-
-    `share` is a number or (resamples,); None: the mean over all shares. Ties are routed at random.
-    """
-    total, before = count.sum(axis=1), np.cumsum(count, axis=1) - count
-    if share is None:  # a gain is there at all shares from its own place on, ties half-way
-        return ratio((gain * (total[:, None] - before - count / 2)).sum(axis=1), total**2)
-    routed = np.clip(np.reshape(share, (-1, 1)) * total[:, None] - before, 0, count)
-    return ratio((routed * ratio(gain, count, empty=0.0)).sum(axis=1), total)
-
-
-def at_share(
-    frame: Frame, counts: Array, score: str = "confidence", share: float | str | None = None
-) -> Values:
-    """A score as a router, each metric (resamples,), where the lowest-scored `share` is routed.
-
-    `share` is a number, the name of a 0/1 column that marks as many questions (counted anew in
-    every resample), or None: the mean over all shares. Beside system accuracy and lift stand AUROC
-    and `area`, the lift's mean over all shares. A constant score has neither.
-    """
-    local, cloud = correctness(frame)
-    count, right, gain = tie_sums(router_score(frame, score), counts, local, cloud - local)
-    raw, gap = (ratio(sums.sum(axis=1), count.sum(axis=1)) for sums in (right, gain))
-    if isinstance(share, str):
-        routed = means(counts, frame[share])
-    else:
-        routed = np.full(len(counts), 0.5 if share is None else share)
-    if not isinstance(share, str | None) and not 0 <= share <= 1:
-        raise ValueError(f"share={share}; expected 0 to 1")
-    everywhere = routed_gain(count, gain, None)
-    gained = everywhere if share is None else routed_gain(count, gain, routed)
-    values = {"share": routed, "sysacc": raw + gained, "lift": gained - routed * gap}
-    return values | {"auroc": auroc(count, right), "area": everywhere - gap / 2}
-
-
-def system(frame: Frame, counts: Array, routed: Array) -> Values:
-    """What routings do: metrics (resamples, routings) of `routed` (questions, routings) chances.
-
-    random = (1 - routed) raw + routed cloud; lift = sysacc - random; oracle routes the same share
-    of questions, those that gain most.
-    """
-    local, cloud = correctness(frame)
-    gain = cloud - local
-    share = means(counts, routed)
-    raw = np.broadcast_to(means(counts, local)[:, None], share.shape)
-    clouds = np.broadcast_to(means(counts, cloud)[:, None], share.shape)
-    random = (1 - share) * raw + share * clouds
-    sysacc = raw + means(counts, routed * gain[:, None])
-    count, gains = tie_sums(-gain, counts, gain)
-    oracle = raw + np.stack([routed_gain(count, gains, part) for part in share.T], axis=1)
-    values = {"cloud": clouds, "raw": raw, "random": random, "sysacc": sysacc, "routed": share}
-    return values | {"lift": sysacc - random, "oracle": oracle}
-
-
-def score_table(
-    outcomes: Frame, scores: Sequence[str], share: float | str, **options: int
-) -> Frame:
-    """Score columns as routers at one cloud share: `at_share`, and differences in SysAcc.
-
-    `difference` is the first score minus this one, paired; p_holm is Holm's over domains x scores,
-    and over scores for the mean rows (none for the first score itself).
-    """
-    runs = {
-        score: bootstrap(outcomes, partial(at_share, score=score, share=share), **options)
-        for score in scores
-    }
-    for run in runs.values():
-        run.values["difference"] = runs[scores[0]].values["sysacc"] - run.values["sysacc"]
-    table = stack({score: run.table() for score, run in runs.items()}, "score")
-    tested = table[(table["score"] != scores[0]) & table["p"].notna()]
-    families = tested.groupby(tested["domain"] == MEAN)["p"]
-    adjusted = families.transform(lambda p: multipletests(p, method="holm")[1])
-    return table.assign(p_holm=adjusted)
-
-
-def share_curve(
-    outcomes: Frame, score: str = "confidence", points: int = 101, **options: int
-) -> Frame:
-    """Accuracy against cloud share for one threshold common to all domains: the mean over domains.
-
-    Columns share, n, and sysacc, random, oracle, lift, each with a 95% percentile band; random and
-    oracle route as much of each domain. Ties at the threshold are routed at random.
-    """
-    outcomes, shares = outcomes.reset_index(drop=True), np.linspace(0, 1, points)
-    chances = _chances(outcomes, score, shares)
-    names = ("routed", "sysacc", "random", "oracle", "lift")
-
-    def statistic(frame: Frame, counts: Array) -> Values:
-        curves = system(frame, counts, chances[frame.index])  # each (resamples, points)
-        return {f"{name} {k}": v for name in names for k, v in enumerate(curves[name].T)}
-
-    result = bootstrap(outcomes, statistic, **{"resamples": 1000, **options})
-    # Means over domains: (names, points, 1 + resamples)
-    means_over_domains = np.array([values[-1] for values in result.values.values()])
-    routed, *curves = means_over_domains.reshape(len(names), points, -1)
-    table = {"share": shares, "n": outcomes["id"].nunique()}
-    for name, curve in zip(names[1:], curves, strict=True):
-        # Read off at the same shares in every resample
-        pairs = zip(routed.T, curve.T, strict=True)
-        drawn = np.array([np.interp(shares, x, y) for x, y in pairs])
-        low, high = np.quantile(drawn[1:], [0.025, 0.975], axis=0)
-        table |= {name: drawn[0], f"{name}_low": low, f"{name}_high": high}
-    return Frame(table)
-
-
-def _chances(outcomes: Frame, score: str, shares: Array) -> Array:
-    """(rows, shares) chances to be routed when each seed routes a share of its mean domain."""
-    rows = outcomes[["domain"]].assign(score=router_score(outcomes, score))
-    rows["seed"] = outcomes.get("seed", 0)
-    size = rows.groupby(["seed", "domain"], observed=True)["score"].transform("size")
-    rows["share"] = 1 / size / rows.groupby("seed")["domain"].transform("nunique")
-    # A score's rows share the piece from `top - width` to `top` of all that could be routed
-    width = rows.groupby(["seed", "score"])["share"].sum()
-    top = width.groupby("seed").cumsum()
-    pieces = pd.MultiIndex.from_frame(rows[["seed", "score"]])
-    top, width = (values[pieces].to_numpy()[:, None] for values in (top, width))
-    return np.asarray(np.clip((shares - top + width) / width, 0, 1))
