@@ -67,9 +67,9 @@ def final_number(text: str) -> Fraction | None:
     Reads -3 with any minus, hyphen or dash (and `- 3`, but after a word or a number), 1,234 and
     1,23,456 and 9{,}500, thousands set apart by apostrophes, thin or no-break spaces, $5.00, .5,
     60% (as 60), 1/2, and a number with its unit or at a sentence's end.
-    Fails: numbers in words, mixed fractions (2 1/2), ½, 1 234 with a plain space, 3,5 for 3.5, 1.234,50,
-    5k, 1e3, times (5:30), powers (10^3), _5_ in italics, sums left undone, and a right number
-    followed by another one.
+    Fails: numbers in words, mixed fractions (2 1/2), ½, 1 234 with a plain space, 3,5 for 3.5,
+    1.234,50, 5k, 1e3, times (5:30), powers (10^3), _5_ in italics, sums left undone, and a right
+    number followed by another one.
     """
     for pattern, replacement in _CLEANING.items():
         text = re.sub(pattern, replacement, text)
