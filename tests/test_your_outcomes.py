@@ -63,7 +63,7 @@ class TestRouterArena:
 
     def test_a_negative_score_is_refused(self, shown: dict[str, Any]) -> None:
         table = shown["routerarena_outcomes"]([arena("A_1", -0.1)], [arena("A_1", 1.0)])
-        with pytest.raises(OutcomesError, match=r"row 1, column `local_correct`: -0\.1"):
+        with pytest.raises(OutcomesError, match=r"row 1: field `local_correct`: -0\.1"):
             check_outcomes(table)
 
     def test_a_question_twice_is_refused(self, shown: dict[str, Any]) -> None:
@@ -354,7 +354,7 @@ def test_what_is_said_where_there_is_little_to_say(tmp_path: Path) -> None:
 def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"mine\.csv has no column `costumer`"):
         told(tmp_path, make_outcomes(5), *ALWAYS, stratum="costumer")
-    with pytest.raises(OutcomesError, match="column `confidence`: '3'; expected"):
+    with pytest.raises(OutcomesError, match="field `confidence`: '3'; expected"):
         told(tmp_path, make_outcomes(5).assign(confidence=3), *ALWAYS)
 
 
@@ -417,7 +417,7 @@ class TestPublishedFiles:
         assert routed[domains].round(4).tolist() == [0.0827, 0.2455, 0.0820]
 
     def test_routerarena_stops_at_its_negative_score(self) -> None:
-        with pytest.raises(OutcomesError, match=r"row 495, column `local_correct`: '-0\.033"):
+        with pytest.raises(OutcomesError, match=r"row 495: field `local_correct`: '-0\.033"):
             read_outcomes(SHARED / "routerarena_haiku_gemini.csv")
 
 

@@ -146,7 +146,7 @@ def file_tables(path: Path, open_ended: bool = False) -> dict[str, Table]:
 def check_rows(table: Table, kind: type[Model], *key: str) -> tuple[list[Model], list[str]]:
     """The rows as models of a kind, and what is wrong with the others; no `key` is there twice.
 
-    "mine.csv, row 3: field `question`: ' ' (string_pattern_mismatch); expected: a nonempty text"
+    "mine.csv, row 3: field `question`: ' '; expected: a nonempty text"
     """
     models: dict[tuple[Any, ...], Model] = {}
     problems: list[str] = []
@@ -157,8 +157,8 @@ def check_rows(table: Table, kind: type[Model], *key: str) -> tuple[list[Model],
             for problem in error.errors():
                 field = str(problem["loc"][0])
                 form = kind.model_fields[field].description or "a text"
-                wrong = f"{problem['input']!r:.60} ({problem['type']}); expected: {form}"
-                problems.append(f"{place}: field `{field}`: {wrong}")
+                value = "missing" if problem["type"] == "missing" else f"{problem['input']!r:.60}"
+                problems.append(f"{place}: field `{field}`: {value}; expected: {form}")
             continue
         name = tuple(getattr(model, field) for field in key)
         if models.setdefault(name, model) is not model:

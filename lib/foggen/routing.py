@@ -13,12 +13,12 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import pandas as pd
 from pandas import DataFrame as Frame
-from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, Field, create_model
 from scipy.stats import binom
 from statsmodels.stats.multitest import multipletests
 
 from foggen import stats
-from foggen.inputs import Table, TableError, read_rows
+from foggen.inputs import Table, TableError, check_rows, read_rows, refuse
 from foggen.prompts import BUCKETS
 from foggen.questions import Fact, as_name
 from foggen.stats import MEAN, Array, Values, auroc, bootstrap, means, ratio, router_score, tie_sums
@@ -90,31 +90,17 @@ def check_outcomes(outcomes: Frame, source: str = "outcomes", scores: Sequence[s
 
 def _checked(table: Table, source: str, scores: Sequence[str]) -> Frame:
     """Rows with their places as a table; raises `OutcomesError` with what is wrong with them."""
-    if not table:
-        raise OutcomesError(f"{source}: no rows; expected one per question")
     added: dict[str, Any] = dict.fromkeys(scores, (Score, ...))
     kind: Any = create_model("Scored", __base__=Outcome, **added)
     fields, columns = kind.model_fields, [*dict.fromkeys(name for _, row in table for name in row)]
     required = [name for name, field in fields.items() if field.is_required()]
     if absent := [name for name in required if name not in columns]:
-        raise OutcomesError(f"{source}: no column `{absent[0]}`; expected {', '.join(required)}")
-    # Every row by itself
-    blank, rows, problems = dict.fromkeys({*columns} - {*required}), [], []
-    try:
-        rows = TypeAdapter(list[kind]).validate_python([blank | row for _, row in table])
-    except ValidationError as error:
-        bad: Any = dict.fromkeys(problem["loc"][:2] for problem in error.errors())
-        for number, name in bad:
-            (place, row), form = table[number], fields[name].description
-            value = repr(row[name])[:60] if name in row else "missing"
-            problems.append(f"{place}, column `{name}`: {value}; expected {form}")
-    # No question twice
-    keys = Frame([(str(as_name(row.get("id"))), as_name(row.get("seed") or 0)) for _, row in table])
-    for number in np.flatnonzero(keys.duplicated()):
-        problems.append(f"{table[number][0]}, column `id`: {keys[0][number]!r} is there twice")
-    if problems:
-        more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
-        raise OutcomesError("\n".join(problems[:20] + more))
+        missing = f"no column `{absent[0]}`" if table else "no rows"
+        raise OutcomesError(f"{source}: {missing}; expected {', '.join(required)}")
+    blank = dict.fromkeys({*columns} - {*required})
+    filled = [(place, blank | row) for place, row in table]
+    rows, problems = check_rows(filled, kind, "id", "seed")
+    refuse(problems)
     numbers = {name: float for name in columns if "float" in str(fields.get(name))}
     return Frame([row.model_dump() for row in rows], columns=columns).astype(numbers)
 
