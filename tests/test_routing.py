@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from outcomes_factory import make_outcomes, make_seeds, mean_row
 
 from foggen import routing
-from foggen.routing import OutcomesError, at_share, check_outcomes, choose_tau, read_outcomes
+from foggen.inputs import TableError
+from foggen.routing import at_share, check_outcomes, choose_tau, read_outcomes
 from foggen.stats import bootstrap, calibration, fact_codes
 from foggen.store import write_jsonl
 
@@ -104,10 +105,10 @@ def test_a_key_may_lack_where_the_column_is_optional(tmp_path: Path) -> None:
     assert read["id"].tolist() == ["007", "9007199254740993"]
     assert read["domain"][0] == "2026-01-02" and read["local_correct"].tolist() == [1, 1]
     assert read["fact"].isna()[0] and read["verification"].isna()[0]
-    with pytest.raises(OutcomesError, match=r"a\.jsonl, line 2: field `confidence`: missing"):
+    with pytest.raises(TableError, match=r"a\.jsonl, line 2: field `confidence`: missing"):
         read_outcomes(write_jsonl(tmp_path / "a.jsonl", [big, row]))
     tokens = {**big, "id": "t", "local_tokens": 3}
-    with pytest.raises(OutcomesError, match="line 2: field `local_tokens`: None; expected: a n"):
+    with pytest.raises(TableError, match="line 2: field `local_tokens`: None; expected: a n"):
         read_outcomes(write_jsonl(tmp_path / "a.jsonl", [tokens, big]))
 
 
@@ -136,23 +137,23 @@ def test_a_key_may_lack_where_the_column_is_optional(tmp_path: Path) -> None:
 def test_wrong_values_are_named(column: str, value: object, message: str) -> None:
     frame = TOY.assign(votes="AAAAAAA-", local_tokens=3, fact=None, mine=0.5).astype(object)
     frame.at[1, column] = value
-    with pytest.raises(OutcomesError, match=f"^mine, row 2: field `{column}`: {message}"):
+    with pytest.raises(TableError, match=f"^mine, row 2: field `{column}`: {message}"):
         check_outcomes(frame, "mine", scores=["mine"])
 
 
 def test_all_problems_come_together() -> None:
-    with pytest.raises(OutcomesError, match="mine: no rows; expected"):
+    with pytest.raises(TableError, match="mine: no rows; expected"):
         check_outcomes(TOY[:0], "mine")
     for name in REQUIRED:
-        with pytest.raises(OutcomesError, match=f"mine: no column `{name}`; expected id, domain"):
+        with pytest.raises(TableError, match=f"mine: no column `{name}`; expected id, domain"):
             check_outcomes(TOY.drop(columns=name), "mine")
     frame = TOY.astype(object)
     frame.loc[:, "local_correct"] = 7
     frame.loc[2, "confidence"], frame.loc[3, "id"] = "?", "a"
-    with pytest.raises(OutcomesError) as caught:
+    with pytest.raises(TableError) as caught:
         check_outcomes(frame)
     assert str(caught.value).count("\n") == 4
-    with pytest.raises(OutcomesError, match="and 3980 more"):
+    with pytest.raises(TableError, match="and 3980 more"):
         check_outcomes(pd.concat([TOY.assign(local_correct=2)] * 1000).assign(seed=range(4000)))
 
 
@@ -164,14 +165,14 @@ def test_what_is_read_generously(tmp_path: Path) -> None:
     assert checked["local_correct"].tolist() == [1, 0, 0, 1]
     assert checked["confidence"].isna().tolist() == [True, True, True, False]
     assert check_outcomes(make_seeds(2))["seed"].nunique() == 2  # an id once per seed
-    with pytest.raises(OutcomesError, match="row 2: field `id`: 'a' again"):
+    with pytest.raises(TableError, match="row 2: field `id`: 'a' again"):
         check_outcomes(TOY[:2].assign(id="a", seed=[0, "0.0"]))
     assert check_outcomes(TOY.assign(**{"0": 7}).rename(columns={"0": 0}))["0"].tolist() == [7] * 4
     path = write(tmp_path / "mine.csv", TOY.assign(mine=["0.5", "1", None, "0"], other="7"))
     read = read_outcomes(path, scores=["mine"])
     assert read["mine"].tolist()[:2] == [0.5, 1] and read["other"].tolist() == ["7"] * 4
     assert routing.score_table(read, ["mine"], 0.5, resamples=20)["share"][0] == 0.5
-    with pytest.raises(OutcomesError, match="no column `yours`"):
+    with pytest.raises(TableError, match="no column `yours`"):
         read_outcomes(path, scores=["yours"])
 
 

@@ -19,7 +19,8 @@ import pandas as pd
 import pytest
 from outcomes_factory import make_outcomes
 
-from foggen.routing import OutcomesError, check_outcomes, read_outcomes
+from foggen.inputs import TableError
+from foggen.routing import check_outcomes, read_outcomes
 from foggen.stats import bootstrap, calibration
 from foggen.store import ROOT
 
@@ -34,7 +35,7 @@ def shown() -> dict[str, Any]:
     """The functions that the notebook shows, by name, without what runs around them."""
     names: dict[str, Any] = {}
     imports = "import numpy as np, pandas as pd\nfrom sklearn.isotonic import IsotonicRegression"
-    ours = "from foggen.routing import OutcomesError\nfrom foggen.stats import fact_codes"
+    ours = "from foggen.inputs import TableError\nfrom foggen.stats import fact_codes"
     exec(f"{imports}\n{ours}\nsource = 'mine.csv'", names)
     for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
         if cell.cell_type != "code":
@@ -63,7 +64,7 @@ class TestRouterArena:
 
     def test_a_negative_score_is_refused(self, shown: dict[str, Any]) -> None:
         table = shown["routerarena_outcomes"]([arena("A_1", -0.1)], [arena("A_1", 1.0)])
-        with pytest.raises(OutcomesError, match=r"row 1: field `local_correct`: -0\.1"):
+        with pytest.raises(TableError, match=r"row 1: field `local_correct`: -0\.1"):
             check_outcomes(table)
 
     def test_a_question_twice_is_refused(self, shown: dict[str, Any]) -> None:
@@ -202,7 +203,7 @@ class TestTime:
         self, shown: dict[str, Any], when: list[Any], row: int, cell: str
     ) -> None:
         place = re.escape(f"mine.csv, row {row}, column `when`: {cell}; expected a number, or")
-        with pytest.raises(OutcomesError, match=place):
+        with pytest.raises(TableError, match=place):
             shown["in_time"](pd.Series(when), "mine.csv")
 
 
@@ -212,7 +213,7 @@ class TestAligned:
     A = make_outcomes(3, 2).assign(fact=lambda frame: frame["id"])
 
     def refusal(self, shown: dict[str, Any], b: pd.DataFrame, a: pd.DataFrame = A) -> str:
-        with pytest.raises(OutcomesError) as caught:
+        with pytest.raises(TableError) as caught:
             shown["aligned"](b, a, "confidence", "theirs.csv")
         return str(caught.value)
 
@@ -354,7 +355,7 @@ def test_what_is_said_where_there_is_little_to_say(tmp_path: Path) -> None:
 def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"mine\.csv has no column `costumer`"):
         told(tmp_path, make_outcomes(5), *ALWAYS, stratum="costumer")
-    with pytest.raises(OutcomesError, match="field `confidence`: '3'; expected"):
+    with pytest.raises(TableError, match="field `confidence`: '3'; expected"):
         told(tmp_path, make_outcomes(5).assign(confidence=3), *ALWAYS)
 
 
@@ -378,7 +379,7 @@ def test_a_file_is_read_in_the_order_of_its_times(tmp_path: Path) -> None:
     table = make_outcomes(40, 1).assign(when=[*range(40, 0, -1)])
     names, _ = told(tmp_path, table, DRIFT)
     assert names["second_half"](names["table"]).tolist() == [True] * 20 + [False] * 20
-    with pytest.raises(OutcomesError, match=r"mine\.csv, row 3, column `when`: empty"):
+    with pytest.raises(TableError, match=r"mine\.csv, row 3, column `when`: empty"):
         told(tmp_path, table.assign(when=table["when"].where(table.index != 2)), DRIFT)
 
 
@@ -398,7 +399,7 @@ def test_two_files_are_paired_whatever_their_order(tmp_path: Path) -> None:
         (rival.assign(score_b=2), "'2'"),
     ):
         bad.to_csv(other, index=False)
-        with pytest.raises(OutcomesError, match=rf"theirs\.csv.*{text}"):
+        with pytest.raises(TableError, match=rf"theirs\.csv.*{text}"):
             told(tmp_path, table, duel, other=str(other))
 
 
@@ -417,7 +418,7 @@ class TestPublishedFiles:
         assert routed[domains].round(4).tolist() == [0.0827, 0.2455, 0.0820]
 
     def test_routerarena_stops_at_its_negative_score(self) -> None:
-        with pytest.raises(OutcomesError, match=r"row 495: field `local_correct`: '-0\.033"):
+        with pytest.raises(TableError, match=r"row 495: field `local_correct`: '-0\.033"):
             read_outcomes(SHARED / "routerarena_haiku_gemini.csv")
 
 

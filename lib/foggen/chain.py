@@ -94,9 +94,7 @@ def run_chain(run: Run, train: Questions, dev: Questions, edge: EngineSlot) -> l
         wrong = sum(cloud.get(q.id) != q.answer for q in questions) if cloud else None
         rounds.append(Round(number, domain, model, new, record, evaluation, s.tau, wrong))
         labeller = rounds[0].model if s.label_control == "frozen" else model
-        shown = (
-            "right {local_accuracy:.3f}  kept {kept:.3f}  ECE {ece_bucket:.3f}  AUROC {auroc:.3f}"
-        )
+        shown = "right {local_accuracy:.3f}  kept {kept:.3f}  AUROC {auroc:.3f}"
         progress(f"R{number:<2} {domain or 'base':<15} {shown.format(**rounds[-1].metrics)}")
     return rounds
 

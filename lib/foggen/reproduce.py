@@ -4,8 +4,6 @@ A notebook is done when it ended without an error AND its last cell has written 
 (`foggen.store.finish`). Knows nothing of what the notebooks compute.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import logging

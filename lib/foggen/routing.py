@@ -26,8 +26,6 @@ from foggen.store import ROOT, read_json
 
 # ---- the outcomes table
 
-OutcomesError = TableError  # a file or a value that cannot be used: the message names its place
-
 
 def _number(value: Any) -> Any:
     """Blank texts and NaN are missing, true and false are 1 and 0; pydantic reads the rest."""
@@ -73,7 +71,7 @@ class Outcome(BaseModel, extra="allow", allow_inf_nan=False, regex_engine="pytho
 
 
 def read_outcomes(path: Path | str, scores: Sequence[str] = ()) -> Frame:
-    """Read and check outcomes from a .csv, .jsonl or .parquet file; raises `OutcomesError`.
+    """Read and check outcomes from a .csv, .jsonl or .parquet file; raises `TableError`.
 
     `scores` names further columns to rank by: numbers from 0 to 1, or empty.
     """
@@ -81,7 +79,7 @@ def read_outcomes(path: Path | str, scores: Sequence[str] = ()) -> Frame:
 
 
 def check_outcomes(outcomes: Frame, source: str = "outcomes", scores: Sequence[str] = ()) -> Frame:
-    """A checked copy with numeric columns as floats; all problems come in one `OutcomesError`."""
+    """A checked copy with numeric columns as floats; all problems come in one `TableError`."""
     outcomes = outcomes.rename(columns=str)
     rows = outcomes.astype(object).where(outcomes.notna(), None).to_dict("records")
     table = [(f"{source}, row {number}", row) for number, row in enumerate(rows, 1)]
@@ -89,14 +87,14 @@ def check_outcomes(outcomes: Frame, source: str = "outcomes", scores: Sequence[s
 
 
 def _checked(table: Table, source: str, scores: Sequence[str]) -> Frame:
-    """Rows with their places as a table; raises `OutcomesError` with what is wrong with them."""
+    """Rows with their places as a table; raises `TableError` with what is wrong with them."""
     added: dict[str, Any] = dict.fromkeys(scores, (Score, ...))
     kind: Any = create_model("Scored", __base__=Outcome, **added)
     fields, columns = kind.model_fields, [*dict.fromkeys(name for _, row in table for name in row)]
     required = [name for name, field in fields.items() if field.is_required()]
     if absent := [name for name in required if name not in columns]:
         missing = f"no column `{absent[0]}`" if table else "no rows"
-        raise OutcomesError(f"{source}: {missing}; expected {', '.join(required)}")
+        raise TableError(f"{source}: {missing}; expected {', '.join(required)}")
     blank = dict.fromkeys({*columns} - {*required})
     filled = [(place, blank | row) for place, row in table]
     rows, problems = check_rows(filled, kind, "id", "seed")

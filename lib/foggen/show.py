@@ -4,8 +4,6 @@ One style, one palette, from tables or from outcomes. Computes no metric that `s
 Every figure takes its `title`: what it shows, said by who has read the numbers.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path
