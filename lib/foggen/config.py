@@ -4,11 +4,7 @@ A profile is one YAML file that sets all parameters, or names another as its `ba
 differs. Knows nothing of what the parameters do.
 """
 
-from __future__ import annotations
-
-import functools
 import hashlib
-import operator
 import re
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
@@ -131,20 +127,17 @@ class Data(Part):
     open_ended: str | None
 
 
-class TokenLimits(Part):
-    """New tokens of an answer, by open-ended task."""
-
-    squad: PositiveInt
-    truthfulqa: PositiveInt
-    gsm8k: PositiveInt
-
-
-class R15(Part):
-    """Rows of the open-ended branch: new ones by task, and replayed ones of the chain."""
+class PerTask(Part):
+    """A number for every open-ended task."""
 
     squad: NonNegativeInt
     truthfulqa: NonNegativeInt
     gsm8k: NonNegativeInt
+
+
+class R15(PerTask):
+    """Rows of the open-ended branch: new ones by task, and replayed ones of the chain."""
+
     replay: NonNegativeInt
 
 
@@ -152,7 +145,7 @@ class OpenEnded(Part):
     """The open-ended evaluation and its branch round."""
 
     eval_questions: PositiveInt  # per task
-    max_new_tokens: TokenLimits
+    max_new_tokens: PerTask
     r15: R15
     r15_model: str | None  # a released branch checkpoint, instead of training one
     r15_revision: str | None
@@ -241,8 +234,7 @@ def _yaml(text: str) -> Any:
 
 def _read(profile: str | Path) -> dict[str, Any]:
     """The values in a profile's file."""
-    is_file = str(profile).endswith((".yaml", ".yml"))
-    path = Path(profile) if is_file else PROFILES / f"{profile}.yaml"
+    path = Path(profile) if str(profile).endswith(".yaml") else PROFILES / f"{profile}.yaml"
     try:
         return dict(_yaml(path.read_text(encoding="utf-8-sig")))
     except (OSError, TypeError, ValueError) as error:
@@ -298,7 +290,10 @@ def override(settings: Settings, overrides: Mapping[str, object]) -> Settings:
             close = get_close_matches(name, names, cutoff=0.5) or names
             raise SettingsError(f"{name!r} is not a parameter; expected: {' or '.join(close)}")
         *groups, last = name.split(".")
-        functools.reduce(operator.getitem, groups, values)[last] = value
+        group = values
+        for key in groups:
+            group = group[key]
+        group[last] = value
     return _validated(values)
 
 

@@ -8,8 +8,6 @@ A row of a question file (`fact` is what is asked about: the unit of splitting a
 Must not know how models are prompted, run or trained.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from bisect import bisect
@@ -17,14 +15,20 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from foggen import inputs
-from foggen.config import Columns, Settings, Source, is_local
-from foggen.inputs import INVISIBLE, Model, Row, Table, TableError, normalised
-from foggen.inputs import as_name as as_name
+from foggen.config import Settings, Source, is_local
+from foggen.inputs import INVISIBLE, Row, Table, TableError, as_name, normalised
 from foggen.prompts import SYSTEM_OPEN
 from foggen.store import ROOT, digest, progress
 
@@ -56,7 +60,7 @@ Name = Annotated[str, BeforeValidator(as_name)]
 Fact = Annotated[str | None, BeforeValidator(as_name)]
 
 
-def _fact_key(question: Question | OpenQuestion) -> str:
+def _fact_key(question: "Question | OpenQuestion") -> str:
     """What is sampled independently: the fact; without one the passage; without both the id."""
     if question.fact is not None:
         return normalised(question.fact)
@@ -107,17 +111,49 @@ class OpenQuestion(BaseModel, frozen=True, coerce_numbers_to_str=True):
         return fields | row
 
 
+AnyQuestion = TypeVar("AnyQuestion", Question, OpenQuestion)
+
+
+def _checked(table: Table, kind: type[AnyQuestion], unusable: float = 0) -> list[AnyQuestion]:
+    """The rows as questions of a kind, with no id twice. Raises TableError with all bad rows,
+
+    "mine.csv, row 3: field `question`: ' ' (string_pattern_mismatch); expected: a nonempty text"
+
+    unless they are no more than the `unusable` share: then they are left out, and counted.
+    """
+    questions: dict[str, AnyQuestion] = {}
+    problems: list[str] = []
+    for place, row in table:
+        try:
+            question = kind.model_validate(row)
+        except ValidationError as error:
+            for problem in error.errors():
+                field = str(problem["loc"][0])
+                form = kind.model_fields[field].description or "a text"
+                wrong = f"{problem['input']!r:.60} ({problem['type']}); expected: {form}"
+                problems.append(f"{place}: field `{field}`: {wrong}")
+            continue
+        if questions.setdefault(question.id, question) is not question:
+            problems.append(f"{place}: field `id`: {question.id!r} again; expected: once")
+    if len(problems) > unusable * len(table):
+        inputs.refuse(problems)
+    if problems:
+        progress(f"  {len(problems)} rows are left out: {problems[0]} ...")
+    return list(questions.values())
+
+
 # ---------------------------------------------------------------------------------------------
 # Rows of any usual shape as questions
 
 
-def shaped(name: str, table: Table, given: Columns, domain: str | None = None) -> Table:
+def shaped(name: str, table: Table, source: Source) -> Table:
     """A table of any usual shape with the fields of a Question; validation tells what a row lacks.
 
-    `name` begins the ids of rows without one; `domain` stands for all rows. The answer becomes a
-    letter; a position counts from 1 only where the rows prove it. Raises TableError, with the
-    lines to write into the profile, where columns or answers cannot be told.
+    `name` is the split, and begins the ids of rows without one. The answer becomes a letter; a
+    position counts from 1 only where the rows prove it. Raises TableError, with the lines to write
+    into the profile, where columns or answers cannot be told.
     """
+    given = source.columns
     table = [(place, inputs.read_chat(row, given.messages) | row) for place, row in table]
     columns = inputs.find_columns(table, given)
     questions: Table = []
@@ -126,8 +162,9 @@ def shaped(name: str, table: Table, given: Columns, domain: str | None = None) -
         fields = {field: row.get(str(column)) for field, column in columns.items()}
         options, labels = inputs.read_options(row, columns["options"])
         readings.append(inputs.read_answer(fields["answer"], options, labels))
-        named = str(as_name(domain or fields["domain"]) or "")
-        fields |= {"options": options, "domain": re.sub("[ _-]+", "_", normalised(named)) or None}
+        domain = normalised(str(as_name(source.domain or fields["domain"]) or ""))
+        fields |= {"options": options, "domain": re.sub("[ _-]+", "_", domain) or None}
+        fields["split"] = name
         filled = {field: value for field, value in (row | fields).items() if value is not None}
         questions.append((place, {"id": f"{name}-{number}"} | filled))
     alone = [str(row.get("question")) for _, row in questions if "context" in row]
@@ -141,29 +178,31 @@ def shaped(name: str, table: Table, given: Columns, domain: str | None = None) -
     return questions
 
 
-def _valid(table: Table, kind: type[Model], unusable: float = 0) -> list[Model]:
-    """The rows as questions, without a share that may be unusable. Raises TableError."""
-    questions, problems = inputs.check_rows(table, kind, "id")
-    if len(problems) > unusable * len(table):
-        inputs.refuse(problems)
-    if problems:
-        progress(f"  {len(problems)} rows are left out: {problems[0]} ...")
-    return questions
+def load_source(source: Source) -> list[Question]:
+    """The questions of one source, each with its `split` (in local ones: the name of its file).
+
+    Raises TableError for columns that cannot be told and for unusable rows: of a file any, of
+    a hub set more than a tenth (fewer are left out, and counted on stderr); HubError where the
+    hub does not give the set.
+    """
+    # A reader can mend files, but no hub set: a few of its rows are left out
+    local = is_local(source.path)
+    tables = inputs.file_tables(ROOT / source.path) if local else inputs.hub_tables(source)
+    rows: Table = []
+    for name, table in tables.items():
+        if source.rows and source.rows < len(table):
+            table = random.Random(0).sample(table, source.rows)
+        rows += shaped(name, table, source)
+    return _checked(rows, Question, unusable=0 if local else 0.1)
 
 
-def load_questions(
-    path: Path, columns: Columns | None = None, domain: str | None = None
-) -> list[Question]:
+def load_questions(path: Path) -> list[Question]:
     """Multiple-choice questions of a JSONL, CSV or Parquet file, or of a folder of such files.
 
-    A row has question, options and answer in any usual shape, or as `columns` say, and a domain,
-    unless `domain` is that of all. Raises TableError with all bad rows, or with the columns
-    that cannot be told.
+    A row has question, options and answer in any usual shape, and a domain. Raises TableError with
+    all bad rows, or with the columns that cannot be told.
     """
-    table: Table = []
-    for stem, rows in inputs.file_tables(path).items():
-        table += shaped(stem, rows, columns or Columns(), domain)
-    return _valid(table, Question)
+    return load_source(Source(path=str(path)))
 
 
 def load_open_questions(path: Path) -> list[OpenQuestion]:
@@ -176,13 +215,12 @@ def load_open_questions(path: Path) -> list[OpenQuestion]:
         for number, (place, row) in enumerate(rows):
             filled = {field: value for field, value in row.items() if value is not None}
             table.append((place, {"task": stem, "id": f"{stem}-{number}"} | filled))
-    return _valid(table, OpenQuestion)
+    return _checked(table, OpenQuestion)
 
 
 # ---------------------------------------------------------------------------------------------
 # Drawing
 
-Questions = Sequence[Question]
 Parts = dict[str, list[Question]]  # by split: train, dev, test
 
 
@@ -194,7 +232,9 @@ def by_domain(questions: Iterable[Question]) -> dict[str, list[Question]]:
     return groups
 
 
-def draw(pool: Questions, n: int, seed: int | str, used: Iterable[str] = ()) -> list[Question]:
+def draw(
+    pool: Sequence[Question], n: int, seed: int | str, used: Iterable[str] = ()
+) -> list[Question]:
     """`n` questions at random; those whose id is in `used` only once the others are spent.
 
     Fewer than `n` come back where the pool is smaller.
@@ -204,13 +244,19 @@ def draw(pool: Questions, n: int, seed: int | str, used: Iterable[str] = ()) -> 
     return sorted(order, key=lambda question: question.id in spent)[:n]
 
 
-def draw_balanced(pool: Questions, n: int, domains: Sequence[str], seed: int) -> list[Question]:
+def subset(
+    pool: Sequence[Question], n: int | None, seed: int, domains: Sequence[str] = ()
+) -> list[Question]:
     """`n` questions in equal parts from the `domains` (the first give one more if need be).
 
-    The seed of a domain's draw holds its name: with one seed for all, the same places of every
-    domain would be drawn, and with them the same gold letters.
+    By default from the domains of the pool; all questions where `n` is None. The seed of a domain's
+    draw holds its name: with one seed for all, the same places of every domain would be drawn, and
+    with them the same gold letters.
     """
     groups = by_domain(pool)
+    domains = domains or [*groups]
+    if n is None or not domains:
+        return list(pool)
     share, rest = divmod(n, len(domains))
     drawn = []
     for place, domain in enumerate(domains):
@@ -218,13 +264,7 @@ def draw_balanced(pool: Questions, n: int, domains: Sequence[str], seed: int) ->
     return drawn
 
 
-def subset(pool: Questions, n: int | None, seed: int) -> list[Question]:
-    """`n` questions in equal parts from their domains; all of them where `n` is None."""
-    domains = [*by_domain(pool)]
-    return list(pool) if n is None or not domains else draw_balanced(pool, n, domains, seed)
-
-
-def split_by_fact(pool: Questions, shares: Mapping[str, float], seed: int) -> Parts:
+def split_by_fact(pool: Sequence[Question], shares: Mapping[str, float], seed: int) -> Parts:
     """Parts of the given shares (they sum to 1), by domain, with no fact in two parts."""
     parts: Parts = {name: [] for name in shares}
     for domain, group in sorted(by_domain(pool).items()):
@@ -281,42 +321,22 @@ def _text(question: Question) -> str:
     return digest([normalised(question.context), normalised(question.question), options])
 
 
-def _roles(use: str | None, groups: Parts) -> Parts:
+def _roles(use: str | None, questions: list[Question]) -> Parts:
     """The questions of one source as train, dev and test."""
-    together = [question for group in groups.values() for question in group]
     if use in SHARES:
-        return {use: together}
+        return {use: questions}
     parts: Parts = {}
-    for name, group in groups.items():
+    for question in questions:
         # A file of a split may be called as the hub calls its own: train-00000-of-00002
-        role = ROLES.get(re.split("[^a-z]", name.lower())[0], "unused")
-        parts.setdefault(role, []).extend(group)
+        role = ROLES.get(re.split("[^a-z]", str(question.split).lower())[0], "unused")
+        parts.setdefault(role, []).append(question)
     if use == "divide" or "test" not in parts:
-        return split_by_fact(together, SHARES, seed=0)
+        return split_by_fact(questions, SHARES, seed=0)
     if unused := parts.pop("unused", []):
         progress(f"  {len(unused)} questions of other splits than train, dev and test: not used")
     if "train" in parts and "dev" not in parts:
         parts |= split_by_fact(parts["train"], {"train": 0.9, "dev": 0.1}, seed=0)
     return parts
-
-
-def load_source(source: Source) -> Parts:
-    """The questions of one source, by the names of its splits (a local one: of its files).
-
-    Raises TableError for columns that cannot be told and for unusable rows: of a file any, of
-    a hub set more than a tenth (fewer are left out, and counted on stderr); HubError where the
-    hub does not give the set.
-    """
-    # A reader can mend files, but no hub set: a few of its rows are left out
-    local = is_local(source.path)
-    tables = inputs.file_tables(ROOT / source.path) if local else inputs.hub_tables(source)
-    groups: Parts = {}
-    for name, table in tables.items():
-        if source.rows and source.rows < len(table):
-            table = random.Random(0).sample(table, source.rows)
-        rows = shaped(name, table, source.columns, source.domain)
-        groups[name] = _valid(rows, Question, unusable=0 if local else 0.1)
-    return groups
 
 
 # ---------------------------------------------------------------------------------------------
@@ -357,4 +377,4 @@ def open_splits(settings: Settings) -> dict[str, list[OpenQuestion]]:
         skip = count if len(mixed) == 1 else 0
         for split, rows in ("train", mixed[0][skip : skip + asked]), ("test", mixed[-1][:count]):
             chosen[split] += [(place, row | {"task": task}) for place, row in rows]
-    return {split: _valid(table, OpenQuestion) for split, table in chosen.items()}
+    return {split: _checked(table, OpenQuestion) for split, table in chosen.items()}

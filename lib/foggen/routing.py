@@ -18,9 +18,9 @@ from scipy.stats import binom
 from statsmodels.stats.multitest import multipletests
 
 from foggen import stats
-from foggen.inputs import Table, TableError, read_rows
+from foggen.inputs import Table, TableError, as_name, read_rows
 from foggen.prompts import BUCKETS
-from foggen.questions import Fact, as_name
+from foggen.questions import Fact
 from foggen.stats import MEAN, Array, Values, auroc, bootstrap, means, ratio, router_score, tie_sums
 from foggen.store import ROOT, read_json
 
