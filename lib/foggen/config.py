@@ -232,28 +232,21 @@ def _yaml(text: str) -> Any:
         raise SettingsError(f"not readable as YAML: {error}") from None
 
 
-def _read(profile: str | Path) -> dict[str, Any]:
-    """The values in a profile's file."""
-    path = Path(profile) if str(profile).endswith(".yaml") else PROFILES / f"{profile}.yaml"
-    try:
-        return dict(_yaml(path.read_text(encoding="utf-8-sig")))
-    except (OSError, TypeError, ValueError) as error:
-        known = ", ".join(sorted(file.stem for file in PROFILES.glob("*.yaml")))
-        expected = f"expected: the path of a YAML file in UTF-8, or one of {known}"
-        raise SettingsError(f"{error}; {expected}") from None
-
-
 def load_profile(profile: str | Path, overrides: Mapping[str, object] | None = None) -> Settings:
     """Settings of a profile (a name in `profiles/`, or the path of a YAML file) with `overrides`.
 
     Raises SettingsError with the file, every wrong parameter, its value and the expected form.
     """
+    path = Path(profile) if str(profile).endswith(".yaml") else PROFILES / f"{profile}.yaml"
     try:
-        values = _read(profile)
+        values = dict(_yaml(path.read_text(encoding="utf-8-sig")))
         base = values.pop("base", None)
         settings = override(load_profile(base), parameters(values)) if base else _validated(values)
         return override(settings, overrides or {})
-    except SettingsError as error:
+    except OSError as error:
+        known = ", ".join(sorted(file.stem for file in PROFILES.glob("*.yaml")))
+        raise SettingsError(f"{error}; expected: a YAML file, or one of {known}") from None
+    except (TypeError, ValueError) as error:
         raise SettingsError(f"profile {profile}: {error}") from None
 
 

@@ -17,14 +17,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, Field, ValidationError
+from pydantic.functional_validators import AfterValidator, BeforeValidator, model_validator
 
 from foggen import inputs
 from foggen.config import Settings, Source, is_local
@@ -60,43 +54,41 @@ Name = Annotated[str, BeforeValidator(as_name)]
 Fact = Annotated[str | None, BeforeValidator(as_name)]
 
 
-def _fact_key(question: "Question | OpenQuestion") -> str:
-    """What is sampled independently: the fact; without one the passage; without both the id."""
-    if question.fact is not None:
-        return normalised(question.fact)
-    passage = normalised(question.context)
-    return digest(passage)[:12] if passage else question.id
+class AnyQuestion(BaseModel, frozen=True, coerce_numbers_to_str=True, regex_engine="python-re"):
+    """What questions of both kinds have; `split` names the file or split that they come from."""
+
+    id: Name
+    question: Text
+    context: str = ""
+    fact: Fact = None
+    split: str | None = None
+
+    @property
+    def fact_key(self) -> str:
+        """What is sampled independently: the fact, or else the passage, or else the id."""
+        if self.fact is not None:
+            return normalised(self.fact)
+        passage = normalised(self.context)
+        return digest(passage)[:12] if passage else self.id
 
 
-class Question(BaseModel, frozen=True, coerce_numbers_to_str=True, regex_engine="python-re"):
+class Question(AnyQuestion, frozen=True):
     """A multiple-choice question; no two of its options are the same text but for white space."""
 
-    id: Name
     domain: Name = Field(pattern="^(?!mean$)", description="a name other than `mean`")
-    question: Text
     options: Options = Field(min_length=2, max_length=26, description="2 to 26 different texts")
     answer: str = Field(pattern="^[A-Z]$", description="the letter of the right option")
-    fact: Fact = None
     difficulty: int | str | None = None
     lang: str = "en"
-    split: str | None = None
-    context: str = ""
-    fact_key = property(_fact_key)
 
 
-class OpenQuestion(BaseModel, frozen=True, coerce_numbers_to_str=True):
+class OpenQuestion(AnyQuestion, frozen=True):
     """A question with a free answer: all right ones, and (TruthfulQA) known wrong ones."""
 
-    id: Name
     task: Literal["squad", "truthfulqa", "gsm8k"] = Field(description=" or ".join(TASKS))
-    question: Text
-    context: str = ""
     answers: Texts = Field(min_length=1, description="at least one text")
     incorrect: Texts = ()
     solution: str = ""
-    fact: Fact = None
-    split: str | None = None
-    fact_key = property(_fact_key)
 
     @model_validator(mode="before")
     @classmethod
@@ -111,17 +103,17 @@ class OpenQuestion(BaseModel, frozen=True, coerce_numbers_to_str=True):
         return fields | row
 
 
-AnyQuestion = TypeVar("AnyQuestion", Question, OpenQuestion)
+Kind = TypeVar("Kind", bound=AnyQuestion)
 
 
-def _checked(table: Table, kind: type[AnyQuestion], unusable: float = 0) -> list[AnyQuestion]:
+def _checked(table: Table, kind: type[Kind], unusable: float = 0) -> list[Kind]:
     """The rows as questions of a kind, with no id twice. Raises TableError with all bad rows,
 
-    "mine.csv, row 3: field `question`: ' ' (string_pattern_mismatch); expected: a nonempty text"
+    "mine.csv, row 3: field `question`: ' '; expected: a nonempty text"
 
     unless they are no more than the `unusable` share: then they are left out, and counted.
     """
-    questions: dict[str, AnyQuestion] = {}
+    questions: dict[str, Kind] = {}
     problems: list[str] = []
     for place, row in table:
         try:
@@ -129,9 +121,9 @@ def _checked(table: Table, kind: type[AnyQuestion], unusable: float = 0) -> list
         except ValidationError as error:
             for problem in error.errors():
                 field = str(problem["loc"][0])
-                form = kind.model_fields[field].description or "a text"
-                wrong = f"{problem['input']!r:.60} ({problem['type']}); expected: {form}"
-                problems.append(f"{place}: field `{field}`: {wrong}")
+                form = kind.model_fields[field].description or problem["msg"]
+                value = f"{problem['input']!r:.60}"
+                problems.append(f"{place}: field `{field}`: {value}; expected: {form}")
             continue
         if questions.setdefault(question.id, question) is not question:
             problems.append(f"{place}: field `id`: {question.id!r} again; expected: once")
@@ -221,6 +213,7 @@ def load_open_questions(path: Path) -> list[OpenQuestion]:
 # ---------------------------------------------------------------------------------------------
 # Drawing
 
+Questions = Sequence[Question]
 Parts = dict[str, list[Question]]  # by split: train, dev, test
 
 
@@ -232,9 +225,7 @@ def by_domain(questions: Iterable[Question]) -> dict[str, list[Question]]:
     return groups
 
 
-def draw(
-    pool: Sequence[Question], n: int, seed: int | str, used: Iterable[str] = ()
-) -> list[Question]:
+def draw(pool: Questions, n: int, seed: int | str, used: Iterable[str] = ()) -> list[Question]:
     """`n` questions at random; those whose id is in `used` only once the others are spent.
 
     Fewer than `n` come back where the pool is smaller.
@@ -245,7 +236,7 @@ def draw(
 
 
 def subset(
-    pool: Sequence[Question], n: int | None, seed: int, domains: Sequence[str] = ()
+    pool: Questions, n: int | None, seed: int, domains: Sequence[str] = ()
 ) -> list[Question]:
     """`n` questions in equal parts from the `domains` (the first give one more if need be).
 
@@ -264,7 +255,7 @@ def subset(
     return drawn
 
 
-def split_by_fact(pool: Sequence[Question], shares: Mapping[str, float], seed: int) -> Parts:
+def split_by_fact(pool: Questions, shares: Mapping[str, float], seed: int) -> Parts:
     """Parts of the given shares (they sum to 1), by domain, with no fact in two parts."""
     parts: Parts = {name: [] for name in shares}
     for domain, group in sorted(by_domain(pool).items()):
