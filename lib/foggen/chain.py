@@ -108,7 +108,7 @@ def run_chain(run: Run, train: Questions, dev: Questions, edge: EngineSlot) -> l
 def calibration_questions(train: Questions, settings: Settings) -> list[Question]:
     """The questions of R0's buffer: `calibration_rows`, in equal parts from all domains."""
     seed = derive_seed(settings.seed, "buffer")
-    return subset(train, settings.calibration_rows, seed, settings.domains)
+    return subset(train, settings.calibration_rows, seed, *settings.domains)
 
 
 def round_questions(train: Questions, settings: Settings) -> Plan:

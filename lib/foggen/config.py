@@ -241,13 +241,14 @@ def load_profile(profile: str | Path, overrides: Mapping[str, object] | None = N
     try:
         values = dict(_yaml(path.read_text(encoding="utf-8-sig")))
         base = values.pop("base", None)
-        settings = override(load_profile(base), parameters(values)) if base else _validated(values)
+        settings = override(load_profile(base), parameters(values)) if base else Settings(**values)
         return override(settings, overrides or {})
     except OSError as error:
         known = ", ".join(sorted(file.stem for file in PROFILES.glob("*.yaml")))
         raise SettingsError(f"{error}; expected: a YAML file, or one of {known}") from None
     except (TypeError, ValueError) as error:
-        raise SettingsError(f"profile {profile}: {error}") from None
+        text = re.sub(r"\n +For further information.*", "", str(error))  # of pydantic
+        raise SettingsError(f"profile {profile}: {text}") from None
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -275,7 +276,10 @@ def parameters(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def override(settings: Settings, overrides: Mapping[str, object]) -> Settings:
-    """The same settings with some parameters changed, by dotted name. Raises SettingsError."""
+    """The same settings with some parameters changed, by dotted name.
+
+    Raises SettingsError for a name that is none, pydantic.ValidationError for a wrong value.
+    """
     values = settings.model_dump()
     names = list(parameters(values))
     for name, value in overrides.items():
@@ -287,14 +291,7 @@ def override(settings: Settings, overrides: Mapping[str, object]) -> Settings:
         for key in groups:
             group = group[key]
         group[last] = value
-    return _validated(values)
-
-
-def _validated(values: Mapping[str, Any]) -> Settings:
-    try:
-        return Settings.model_validate(values)
-    except pydantic.ValidationError as error:
-        raise SettingsError(re.sub(r"\n +For further information.*", "", str(error))) from None
+    return Settings.model_validate(values)
 
 
 # ---- What is of the hub

@@ -94,7 +94,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     for number, row in enumerate(parquet.ParquetFile(path).read().to_pylist(), 1):
         if "__index_level_0__" in row:  # a data frame's index that has no name
             row.setdefault("id", row.pop("__index_level_0__"))
-        yield f"row {number}", {name: None if v != v else v for name, v in row.items()}
+        # NaN, which equals nothing, is how data frames write what is missing
+        row = {name: None if value != value else value for name, value in row.items()}
+        yield f"row {number}", row
 
 
 READERS = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
@@ -109,14 +111,13 @@ def read_rows(path: str | Path) -> Table:
     which blanks after the comma are no part. Raises TableError with every row that cannot be read.
     """
     path = Path(path)
-    if path.suffix.lower() not in READERS:
-        raise TableError(f"{path}: expected: a {', '.join(READERS)} file")
     try:
-        read = READERS[path.suffix.lower()](path)
-        table = [(f"{path.name}, {place}", row) for place, row in read]
-    except (OSError, ValueError, csv.Error) as error:
-        raise TableError(f"{path}: {error}; expected: a {path.suffix} file in UTF-8") from None
-    form = "a JSON object, or as many fields as the header has (quote those with commas)"
+        rows = READERS[path.suffix.lower()](path)
+        table = [(f"{path.name}, {place}", row) for place, row in rows]
+    except (OSError, KeyError, ValueError, csv.Error) as error:
+        form = f"a {', '.join(READERS)} file, in UTF-8"
+        raise TableError(f"{path}: {error}; expected: {form}") from None
+    form = "a JSON object, or a field per column (quote those with commas)"
     bad = [(place, row) for place, row in table if not isinstance(row, dict)]
     refuse([f"{place}: {row!s:.200}; expected: {form}" for place, row in bad])
     return table

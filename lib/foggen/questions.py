@@ -231,13 +231,11 @@ def draw(pool: Questions, n: int, seed: int | str, used: Iterable[str] = ()) -> 
     Fewer than `n` come back where the pool is smaller.
     """
     spent = set(used)
-    order = random.Random(seed).sample(list(pool), len(pool))
+    order = random.Random(seed).sample(pool, len(pool))
     return sorted(order, key=lambda question: question.id in spent)[:n]
 
 
-def subset(
-    pool: Questions, n: int | None, seed: int, domains: Sequence[str] = ()
-) -> list[Question]:
+def subset(pool: Questions, n: int | None, seed: int, *domains: str) -> list[Question]:
     """`n` questions in equal parts from the `domains` (the first give one more if need be).
 
     By default from the domains of the pool; all questions where `n` is None. The seed of a domain's
@@ -245,7 +243,7 @@ def subset(
     with them the same gold letters.
     """
     groups = by_domain(pool)
-    domains = domains or [*groups]
+    domains = domains or tuple(groups)
     if n is None or not domains:
         return list(pool)
     share, rest = divmod(n, len(domains))
