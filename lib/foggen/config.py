@@ -300,8 +300,8 @@ REVISION = dict(model="revision", labels_from="revision", path="revision", r15_m
 
 
 def is_local(name: str) -> bool:
-    """Whether a name is a file or folder of this checkout or machine."""
-    return (ROOT / name).exists()
+    """Whether a name is a file or folder of this checkout or machine, and no hub id."""
+    return Path(name).is_absolute() or (ROOT / name).exists()
 
 
 def hub_entries(values: Any) -> Iterator[tuple[dict[str, Any], str, str]]:

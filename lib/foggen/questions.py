@@ -194,7 +194,7 @@ def load_questions(path: Path) -> list[Question]:
     A row has question, options and answer in any usual shape, and a domain. Raises TableError with
     all bad rows, or with the columns that cannot be told.
     """
-    return load_source(Source(path=str(path)))
+    return load_source(Source(path=str(path.absolute())))
 
 
 def load_open_questions(path: Path) -> list[OpenQuestion]:
