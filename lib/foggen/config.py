@@ -11,9 +11,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-import pydantic
 import yaml
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from foggen.store import ROOT
 
@@ -27,7 +26,7 @@ class SettingsError(ValueError):
 # ---- The parameters
 
 
-class Part(pydantic.BaseModel):
+class Part(BaseModel):
     """A group of settings: immutable, and without names that it does not know."""
 
     model_config = {"extra": "forbid", "frozen": True, "allow_inf_nan": False}

@@ -155,8 +155,7 @@ USUAL = {
     "options": ("options", "choices"),
     "answer": ("answerkey", "answeridx", "cop", "answer", "correctanswer", "correct", "label"),
     "domain": ("domain", "category", "subject", "topic"),
-    "fact": ("fact",),
-    "id": ("id", "questionid"),
+    "fact": ("fact",), "id": ("id", "questionid"),
 }  # fmt: skip
 
 
@@ -297,10 +296,9 @@ def hub_tables(source: Source) -> dict[str, Table]:
             for split, rows in ({source.split: loaded} if source.split else loaded).items():
                 place = "/".join(filter(None, (source.path.split("/")[-1], config, split)))
                 domain = {"domain": config} if several else {}
-                tables.setdefault(str(split), []).extend(
-                    (f"{place}, row {number}", domain | row | {"id": f"{place}-{number}"})
-                    for number, row in enumerate(rows.to_list())
-                )
+                for number, row in enumerate(rows.to_list()):
+                    named = domain | row | {"id": f"{place}-{number}"}
+                    tables.setdefault(str(split), []).append((f"{place}, row {number}", named))
     return tables
 
 
