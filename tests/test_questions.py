@@ -633,6 +633,14 @@ def test_hub_sets_by_their_splits(hub, capsys):
     assert len(lines) == 5 and "set/test, row 4: field `answer`" in lines[4]
 
 
+def test_a_missing_number_of_a_hub_set_is_no_text(hub):
+    rows = [{**row, "context": n or float("nan")} for n, row in enumerate(numbers(0, 5))]
+    (hub / "set").mkdir()
+    table(hub / "set" / "test.parquet", rows)
+    first, second, *_ = load_source(Source(path="some/set", domain="math"))
+    assert (first.context, second.context) == ("", "1.0") and first.fact_key == "set/test-0"
+
+
 @pytest.mark.parametrize("domain", [None, "Words"])
 def test_a_hub_set_with_a_configuration_per_domain(domain, hub):
     configs = []

@@ -64,6 +64,11 @@ def listed(value: Any) -> Any:
 # ---- Tables
 
 
+def without_nan(row: Row) -> Row:
+    """The row with None for NaN, which equals nothing: data frames write it for what is missing."""
+    return {name: None if value != value else value for name, value in row.items()}
+
+
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     # splitlines would split at U+2028 too
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
@@ -94,9 +99,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     for number, row in enumerate(parquet.ParquetFile(path).read().to_pylist(), 1):
         if "__index_level_0__" in row:  # a data frame's index that has no name
             row.setdefault("id", row.pop("__index_level_0__"))
-        # NaN, which equals nothing, is how data frames write what is missing
-        row = {name: None if value != value else value for name, value in row.items()}
-        yield f"row {number}", row
+        yield f"row {number}", without_nan(row)
 
 
 READERS = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
@@ -297,7 +300,7 @@ def hub_tables(source: Source) -> dict[str, Table]:
                 place = "/".join(filter(None, (source.path.split("/")[-1], config, split)))
                 domain = {"domain": config} if several else {}
                 for number, row in enumerate(rows.to_list()):
-                    named = domain | row | {"id": f"{place}-{number}"}
+                    named = domain | without_nan(row) | {"id": f"{place}-{number}"}
                     tables.setdefault(str(split), []).append((f"{place}, row {number}", named))
     return tables
 

@@ -119,11 +119,10 @@ def _checked(table: Table, kind: type[Kind], unusable: float = 0) -> list[Kind]:
         try:
             question = kind.model_validate(row)
         except ValidationError as error:
-            for problem in error.errors():
-                field = str(problem["loc"][0])
-                form = kind.model_fields[field].description or problem["msg"]
-                value = f"{problem['input']!r:.60}"
-                problems.append(f"{place}: field `{field}`: {value}; expected: {form}")
+            for bad in error.errors():
+                field = str(bad["loc"][0])
+                form = kind.model_fields[field].description or bad["msg"]
+                problems.append(f"{place}: field `{field}`: {bad['input']!r:.60}; expected: {form}")
             continue
         if questions.setdefault(question.id, question) is not question:
             problems.append(f"{place}: field `id`: {question.id!r} again; expected: once")
@@ -145,9 +144,8 @@ def shaped(name: str, table: Table, source: Source) -> Table:
     position counts from 1 only where the rows prove it. Raises TableError, with the lines to write
     into the profile, where columns or answers cannot be told.
     """
-    given = source.columns
-    table = [(place, inputs.read_chat(row, given.messages) | row) for place, row in table]
-    columns = inputs.find_columns(table, given)
+    table = [(place, inputs.read_chat(row, source.columns.messages) | row) for place, row in table]
+    columns = inputs.find_columns(table, source.columns)
     questions: Table = []
     readings = []
     for number, (place, row) in enumerate(table):
@@ -156,13 +154,12 @@ def shaped(name: str, table: Table, source: Source) -> Table:
         readings.append(inputs.read_answer(fields["answer"], options, labels))
         domain = normalised(str(as_name(source.domain or fields["domain"]) or ""))
         fields |= {"options": options, "domain": re.sub("[ _-]+", "_", domain) or None}
-        fields["split"] = name
         filled = {field: value for field, value in (row | fields).items() if value is not None}
-        questions.append((place, {"id": f"{name}-{number}"} | filled))
+        questions.append((place, {"id": f"{name}-{number}"} | filled | {"split": name}))
     alone = [str(row.get("question")) for _, row in questions if "context" in row]
-    if not given.question and any(re.fullmatch("[A-Za-z]+", word) for word in alone):
+    if not source.columns.question and any(re.fullmatch("[A-Za-z]+", word) for word in alone):
         raise TableError(f"{name}: questions of one word; name their column: `question: <column>`")
-    how = given.answer_is or inputs.best_reading(readings)
+    how = source.columns.answer_is or inputs.best_reading(readings)
     if not how:
         raise TableError(f"{name}: unclear answers; say answer_is: letter, text, index0 or index1")
     for (_, row), letters in zip(questions, readings, strict=True):
