@@ -472,19 +472,24 @@ def make_open_questions(folder: Path, split: str, seed: int = 0) -> list[OpenQue
 # Files
 
 
+FIELDS = """id domain task question options context answers answer incorrect solution fact
+difficulty lang split""".split()
+
+
+def row(question: Question | OpenQuestion) -> dict[str, Any]:
+    """What a question's line holds: its fields in the order of `FIELDS`, without defaults."""
+    values = question.model_dump(exclude_defaults=True)
+    return {field: values[field] for field in FIELDS if field in values}
+
+
 def write_bank(folder: Path, out: Path) -> None:
     """Writes the questions of the facts in `folder`, a file per split (and `open_ended/`)."""
     facts = load_facts(folder)
     for split in QUESTIONS:
-        rows = (
-            question.model_dump(exclude_defaults=True) for question in make_questions(facts, split)
-        )
+        rows = map(row, make_questions(facts, split))
         write_jsonl(out / f"{split}.jsonl", rows)
     for split in OPEN_QUESTIONS:
-        rows = (
-            question.model_dump(exclude_defaults=True)
-            for question in make_open_questions(folder, split)
-        )
+        rows = map(row, make_open_questions(folder, split))
         write_jsonl(out / "open_ended" / f"{split}.jsonl", rows)
 
 

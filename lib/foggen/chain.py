@@ -18,7 +18,7 @@ from foggen.engines import EngineError, EngineSlot, make_engine
 from foggen.evaluation import DRAWN, answers, stage
 from foggen.inputs import model_folder
 from foggen.labels import Questions, SftRow
-from foggen.questions import TASKS, Question, by_domain, draw, draw_balanced, subset
+from foggen.questions import TASKS, Question, by_domain, draw, subset
 from foggen.store import ROOT, Row, Run, digest, progress, read_record, write_jsonl
 from foggen.training import Job, buffer_model
 
@@ -106,7 +106,7 @@ def run_chain(run: Run, train: Questions, dev: Questions, edge: EngineSlot) -> l
 def calibration_questions(train: Questions, settings: Settings) -> list[Question]:
     """The questions of R0's buffer: `calibration_rows`, in equal parts from all domains."""
     seed = derive_seed(settings.seed, "buffer")
-    return draw_balanced(train, settings.calibration_rows, settings.domains, seed)
+    return subset(train, settings.calibration_rows, seed, *settings.domains)
 
 
 def round_questions(train: Questions, settings: Settings) -> Plan:

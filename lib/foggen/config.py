@@ -4,20 +4,15 @@ A profile is one YAML file that sets all parameters, or names another as its `ba
 differs. Knows nothing of what the parameters do.
 """
 
-from __future__ import annotations
-
-import functools
 import hashlib
-import operator
 import re
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-import pydantic
 import yaml
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from foggen.store import ROOT
 
@@ -31,7 +26,7 @@ class SettingsError(ValueError):
 # ---- The parameters
 
 
-class Part(pydantic.BaseModel):
+class Part(BaseModel):
     """A group of settings: immutable, and without names that it does not know."""
 
     model_config = {"extra": "forbid", "frozen": True, "allow_inf_nan": False}
@@ -131,20 +126,17 @@ class Data(Part):
     open_ended: str | None
 
 
-class TokenLimits(Part):
-    """New tokens of an answer, by open-ended task."""
-
-    squad: PositiveInt
-    truthfulqa: PositiveInt
-    gsm8k: PositiveInt
-
-
-class R15(Part):
-    """Rows of the open-ended branch: new ones by task, and replayed ones of the chain."""
+class PerTask(Part):
+    """A number for every open-ended task."""
 
     squad: NonNegativeInt
     truthfulqa: NonNegativeInt
     gsm8k: NonNegativeInt
+
+
+class R15(PerTask):
+    """Rows of the open-ended branch: new ones by task, and replayed ones of the chain."""
+
     replay: NonNegativeInt
 
 
@@ -152,7 +144,7 @@ class OpenEnded(Part):
     """The open-ended evaluation and its branch round."""
 
     eval_questions: PositiveInt  # per task
-    max_new_tokens: TokenLimits
+    max_new_tokens: PerTask
     r15: R15
     r15_model: str | None  # a released branch checkpoint, instead of training one
     r15_revision: str | None
@@ -239,30 +231,23 @@ def _yaml(text: str) -> Any:
         raise SettingsError(f"not readable as YAML: {error}") from None
 
 
-def _read(profile: str | Path) -> dict[str, Any]:
-    """The values in a profile's file."""
-    is_file = str(profile).endswith((".yaml", ".yml"))
-    path = Path(profile) if is_file else PROFILES / f"{profile}.yaml"
-    try:
-        return dict(_yaml(path.read_text(encoding="utf-8-sig")))
-    except (OSError, TypeError, ValueError) as error:
-        known = ", ".join(sorted(file.stem for file in PROFILES.glob("*.yaml")))
-        expected = f"expected: the path of a YAML file in UTF-8, or one of {known}"
-        raise SettingsError(f"{error}; {expected}") from None
-
-
 def load_profile(profile: str | Path, overrides: Mapping[str, object] | None = None) -> Settings:
     """Settings of a profile (a name in `profiles/`, or the path of a YAML file) with `overrides`.
 
     Raises SettingsError with the file, every wrong parameter, its value and the expected form.
     """
+    path = Path(profile) if str(profile).endswith(".yaml") else PROFILES / f"{profile}.yaml"
     try:
-        values = _read(profile)
+        values = dict(_yaml(path.read_text(encoding="utf-8-sig")))
         base = values.pop("base", None)
-        settings = override(load_profile(base), parameters(values)) if base else _validated(values)
+        settings = override(load_profile(base), parameters(values)) if base else Settings(**values)
         return override(settings, overrides or {})
-    except SettingsError as error:
-        raise SettingsError(f"profile {profile}: {error}") from None
+    except OSError as error:
+        known = ", ".join(sorted(file.stem for file in PROFILES.glob("*.yaml")))
+        raise SettingsError(f"{error}; expected: a YAML file, or one of {known}") from None
+    except (TypeError, ValueError) as error:
+        text = re.sub(r"\n +For further information.*", "", str(error))  # of pydantic
+        raise SettingsError(f"profile {profile}: {text}") from None
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -290,7 +275,10 @@ def parameters(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def override(settings: Settings, overrides: Mapping[str, object]) -> Settings:
-    """The same settings with some parameters changed, by dotted name. Raises SettingsError."""
+    """The same settings with some parameters changed, by dotted name.
+
+    Raises SettingsError for a name that is none, pydantic.ValidationError for a wrong value.
+    """
     values = settings.model_dump()
     names = list(parameters(values))
     for name, value in overrides.items():
@@ -298,15 +286,11 @@ def override(settings: Settings, overrides: Mapping[str, object]) -> Settings:
             close = get_close_matches(name, names, cutoff=0.5) or names
             raise SettingsError(f"{name!r} is not a parameter; expected: {' or '.join(close)}")
         *groups, last = name.split(".")
-        functools.reduce(operator.getitem, groups, values)[last] = value
-    return _validated(values)
-
-
-def _validated(values: Mapping[str, Any]) -> Settings:
-    try:
-        return Settings.model_validate(values)
-    except pydantic.ValidationError as error:
-        raise SettingsError(re.sub(r"\n +For further information.*", "", str(error))) from None
+        group = values
+        for key in groups:
+            group = group[key]
+        group[last] = value
+    return Settings.model_validate(values)
 
 
 # ---- What is of the hub
@@ -315,8 +299,8 @@ REVISION = dict(model="revision", labels_from="revision", path="revision", r15_m
 
 
 def is_local(name: str) -> bool:
-    """Whether a name is a file or folder of this checkout or machine."""
-    return (ROOT / name).exists()
+    """Whether a name is a file or folder of this checkout or machine, and no hub id."""
+    return Path(name).is_absolute() or (ROOT / name).exists()
 
 
 def hub_entries(values: Any) -> Iterator[tuple[dict[str, Any], str, str]]:

@@ -5,8 +5,6 @@ fit its header, a name that stands twice, a text in another encoding. Knows noth
 rows mean, but for the names that public sets of questions give their columns.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import re
@@ -14,18 +12,16 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
-import httpx2
 import numpy as np
-from huggingface_hub import errors, resolve_revision, snapshot_download
+from huggingface_hub import resolve_revision, snapshot_download
 from pydantic import BaseModel, ValidationError
 
 from foggen.config import Columns, Settings, SettingsError, Source, hub_entries, parameters
 from foggen.prompts import LETTERS, SYSTEM_OPEN, parse_response
-from foggen.store import ROOT
+from foggen.store import ROOT, progress
 
 Row = dict[str, Any]
 Table = list[tuple[str, Row]]  # rows with their places
@@ -70,7 +66,12 @@ def listed(value: Any) -> Any:
 # ---- Tables
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
+def without_nan(row: Row) -> Row:
+    """The row with None for NaN, which equals nothing: data frames write it for what is missing."""
+    return {name: None if value != value else value for name, value in row.items()}
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     # splitlines would split at U+2028 too
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if line.strip():
@@ -79,11 +80,10 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
                 row = json.loads(line, parse_constant={"NaN": None}.get)
             except ValueError as error:
                 row = error
-            problem = f"{row!s:.200}; expected: one JSON object"
-            yield f"line {number}", row if isinstance(row, dict) else problem
+            yield f"line {number}", row
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
+def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(2**31 - 1)  # 131,072 characters by default
     with path.open(encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file, strict=True, skipinitialspace=True)
@@ -92,17 +92,16 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
             raise ValueError(f"{header} has a name twice, or semicolons or tabs for commas")
         for number, cells in enumerate(filter(None, lines), 1):
             row = {name: cell or None for name, cell in zip(header, cells, strict=False)}
-            problem = f"{len(cells)} fields; expected: {len(header)} (quote those with commas)"
-            yield f"row {number}", row if len(cells) == len(header) else problem
+            yield f"row {number}", row if len(cells) == len(header) else f"{len(cells)} fields"
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     from pyarrow import parquet
 
     for number, row in enumerate(parquet.ParquetFile(path).read().to_pylist(), 1):
         if "__index_level_0__" in row:  # a data frame's index that has no name
             row.setdefault("id", row.pop("__index_level_0__"))
-        yield f"row {number}", row
+        yield f"row {number}", without_nan(row)
 
 
 READERS = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
@@ -117,14 +116,16 @@ def read_rows(path: str | Path) -> Table:
     which blanks after the comma are no part. Raises TableError with every row that cannot be read.
     """
     path = Path(path)
-    if path.suffix.lower() not in READERS:
-        raise TableError(f"{path}: expected: a {', '.join(READERS)} file")
     try:
-        rows = list(READERS[path.suffix.lower()](path))
-    except (OSError, ValueError, csv.Error) as error:
-        rows = [("as a whole", f"{error}; expected: a whole {path.suffix} file in UTF-8")]
-    refuse([f"{path.name}, {place}: {row}" for place, row in rows if isinstance(row, str)])
-    return [(f"{path.name}, {place}", row) for place, row in rows if isinstance(row, dict)]
+        rows = READERS[path.suffix.lower()](path)
+        table = [(f"{path.name}, {place}", row) for place, row in rows]
+    except (OSError, KeyError, ValueError, csv.Error) as error:
+        form = f"a {', '.join(READERS)} file, in UTF-8"
+        raise TableError(f"{path}: {error}; expected: {form}") from None
+    form = "a JSON object, or a field per column (quote those with commas)"
+    bad = [(place, row) for place, row in table if not isinstance(row, dict)]
+    refuse([f"{place}: {row!s:.200}; expected: {form}" for place, row in bad])
+    return table
 
 
 def file_tables(path: Path, open_ended: bool = False) -> dict[str, Table]:
@@ -143,10 +144,20 @@ def file_tables(path: Path, open_ended: bool = False) -> dict[str, Table]:
     return tables
 
 
-def check_rows(table: Table, kind: type[Model], *key: str) -> tuple[list[Model], list[str]]:
-    """The rows as models of a kind, and what is wrong with the others; no `key` is there twice.
+def refuse(problems: Sequence[str]) -> None:
+    """Raises TableError with the problems (the first 20 of many), if there are any."""
+    more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
+    if problems:
+        raise TableError("\n".join([*problems[:20], *more]))
+
+
+def check_rows(table: Table, kind: type[Model], *key: str, unusable: float = 0) -> list[Model]:
+    """The rows as models of a kind, no `key` of which is there twice. Raises TableError with all
+    that are none,
 
     "mine.csv, row 3: field `question`: ' '; expected: a nonempty text"
+
+    unless they are no more than the `unusable` share: then they are left out, and counted.
     """
     models: dict[tuple[Any, ...], Model] = {}
     problems: list[str] = []
@@ -154,23 +165,19 @@ def check_rows(table: Table, kind: type[Model], *key: str) -> tuple[list[Model],
         try:
             model = kind.model_validate(row)
         except ValidationError as error:
-            for problem in error.errors():
-                field = str(problem["loc"][0])
-                form = kind.model_fields[field].description or "a text"
-                value = "missing" if problem["type"] == "missing" else f"{problem['input']!r:.60}"
-                problems.append(f"{place}: field `{field}`: {value}; expected: {form}")
+            for bad in error.errors():
+                field = str(bad["loc"][0])
+                form = kind.model_fields[field].description or bad["msg"]
+                problems.append(f"{place}: field `{field}`: {bad['input']!r:.60}; expected: {form}")
             continue
         name = tuple(getattr(model, field) for field in key)
         if models.setdefault(name, model) is not model:
             problems.append(f"{place}: field `{key[0]}`: {name[0]!r} again; expected: once")
-    return list(models.values()), problems
-
-
-def refuse(problems: Sequence[str]) -> None:
-    """Raises TableError with the problems (the first 20 of many), if there are any."""
-    more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
+    if len(problems) > unusable * len(table):
+        refuse(problems)
     if problems:
-        raise TableError("\n".join([*problems[:20], *more]))
+        progress(f"  {len(problems)} rows are left out: {problems[0]} ...")
+    return list(models.values())
 
 
 # ---- Columns of public sets of questions
@@ -180,14 +187,10 @@ USUAL = {
     "question": ("question", "query", "problem", "prompt"),
     "context": ("context", "passage", "article", "premise"),
     "options": ("options", "choices"),
-    "answer": ("answerkey", "answerlabel", "answeridx", "cop", "correctoption", "answer",
-               "correctanswer", "correct", "label", "target"),
+    "answer": ("answerkey", "answeridx", "cop", "answer", "correctanswer", "correct", "label"),
     "domain": ("domain", "category", "subject", "topic"),
-    "fact": ("fact",),
-    "id": ("id", "questionid"),
+    "fact": ("fact",), "id": ("id", "questionid"),
 }  # fmt: skip
-OPTION_HEADS = ("", "op", "option", "choice")
-OPTION_MARKS = (LETTERS.lower(), range(100), range(1, 100))
 
 
 def find_columns(table: Table, given: Columns) -> dict[str, Any]:
@@ -214,12 +217,12 @@ def find_columns(table: Table, given: Columns) -> dict[str, Any]:
 
 
 def _option_columns(known: Mapping[str, str]) -> list[str] | None:
-    """Columns named A, B, C, or opa, opb, or option_1, option_2; None where one is missing."""
-    for head, marks in product(OPTION_HEADS, OPTION_MARKS):
-        present = [f"{head}{mark}" in known for mark in marks]
-        count = sum(present)
-        if count > 1 and all(present[:count]):
-            return [known[f"{head}{mark}"] for mark in marks[:count]]
+    """Columns named A, B, C, or opa, opb, opc; None where one is missing in between."""
+    for head in ("", "op"):
+        names = [f"{head}{letter}" for letter in LETTERS.lower()]
+        present = [name for name in names if name in known]
+        if len(present) > 1 and present == names[: len(present)]:
+            return [known[name] for name in present]
     return None
 
 
@@ -290,7 +293,7 @@ def explained(name: str, kind: str, revision: str | None = None) -> Iterator[Non
     """Turns what the hub's libraries raise inside the block into a HubError with the reason."""
     try:
         yield
-    except (OSError, ValueError, httpx2.HTTPError, errors.RevisionResolutionError) as error:
+    except Exception as error:  # of huggingface_hub, datasets, httpx, or the disk
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())
         advice = "gated or private ones want `hf auth login`; downloads lie in HF_HOME"
         raise HubError(f"{kind} {name} ({revision or 'main'}): {reason} ({advice})") from error
@@ -327,10 +330,9 @@ def hub_tables(source: Source) -> dict[str, Table]:
             for split, rows in ({source.split: loaded} if source.split else loaded).items():
                 place = "/".join(filter(None, (source.path.split("/")[-1], config, split)))
                 domain = {"domain": config} if several else {}
-                tables.setdefault(str(split), []).extend(
-                    (f"{place}, row {number}", domain | row | {"id": f"{place}-{number}"})
-                    for number, row in enumerate(rows.to_list())
-                )
+                for number, row in enumerate(rows.to_list()):
+                    named = domain | without_nan(row) | {"id": f"{place}-{number}"}
+                    tables.setdefault(str(split), []).append((f"{place}, row {number}", named))
     return tables
 
 

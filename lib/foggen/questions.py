@@ -8,8 +8,6 @@ A row of a question file (`fact` is what is asked about: the unit of splitting a
 Must not know how models are prompted, run or trained.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from bisect import bisect
@@ -19,12 +17,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BaseModel, Field
+from pydantic.functional_validators import AfterValidator, BeforeValidator, model_validator
 
 from foggen import inputs
-from foggen.config import Columns, Settings, Source, is_local
-from foggen.inputs import INVISIBLE, Model, Row, Table, TableError, normalised
-from foggen.inputs import as_name as as_name
+from foggen.config import Settings, Source, is_local
+from foggen.inputs import INVISIBLE, Row, Table, TableError, as_name, normalised
 from foggen.prompts import SYSTEM_OPEN
 from foggen.store import ROOT, digest, progress
 
@@ -56,43 +54,41 @@ Name = Annotated[str, BeforeValidator(as_name)]
 Fact = Annotated[str | None, BeforeValidator(as_name)]
 
 
-def _fact_key(question: Question | OpenQuestion) -> str:
-    """What is sampled independently: the fact; without one the passage; without both the id."""
-    if question.fact is not None:
-        return normalised(question.fact)
-    passage = normalised(question.context)
-    return digest(passage)[:12] if passage else question.id
+class AnyQuestion(BaseModel, frozen=True, coerce_numbers_to_str=True, regex_engine="python-re"):
+    """What questions of both kinds have; `split` names the file or split that they come from."""
+
+    id: Name
+    question: Text
+    context: str = ""
+    fact: Fact = None
+    split: str | None = None
+
+    @property
+    def fact_key(self) -> str:
+        """What is sampled independently: the fact, or else the passage, or else the id."""
+        if self.fact is not None:
+            return normalised(self.fact)
+        passage = normalised(self.context)
+        return digest(passage)[:12] if passage else self.id
 
 
-class Question(BaseModel, frozen=True, coerce_numbers_to_str=True, regex_engine="python-re"):
+class Question(AnyQuestion, frozen=True):
     """A multiple-choice question; no two of its options are the same text but for white space."""
 
-    id: Name
     domain: Name = Field(pattern="^(?!mean$)", description="a name other than `mean`")
-    question: Text
     options: Options = Field(min_length=2, max_length=26, description="2 to 26 different texts")
     answer: str = Field(pattern="^[A-Z]$", description="the letter of the right option")
-    fact: Fact = None
     difficulty: int | str | None = None
     lang: str = "en"
-    split: str | None = None
-    context: str = ""
-    fact_key = property(_fact_key)
 
 
-class OpenQuestion(BaseModel, frozen=True, coerce_numbers_to_str=True):
+class OpenQuestion(AnyQuestion, frozen=True):
     """A question with a free answer: all right ones, and (TruthfulQA) known wrong ones."""
 
-    id: Name
     task: Literal["squad", "truthfulqa", "gsm8k"] = Field(description=" or ".join(TASKS))
-    question: Text
-    context: str = ""
     answers: Texts = Field(min_length=1, description="at least one text")
     incorrect: Texts = ()
     solution: str = ""
-    fact: Fact = None
-    split: str | None = None
-    fact_key = property(_fact_key)
 
     @model_validator(mode="before")
     @classmethod
@@ -111,29 +107,29 @@ class OpenQuestion(BaseModel, frozen=True, coerce_numbers_to_str=True):
 # Rows of any usual shape as questions
 
 
-def shaped(name: str, table: Table, given: Columns, domain: str | None = None) -> Table:
+def shaped(name: str, table: Table, source: Source) -> Table:
     """A table of any usual shape with the fields of a Question; validation tells what a row lacks.
 
-    `name` begins the ids of rows without one; `domain` stands for all rows. The answer becomes a
-    letter; a position counts from 1 only where the rows prove it. Raises TableError, with the
-    lines to write into the profile, where columns or answers cannot be told.
+    `name` is the split, and begins the ids of rows without one. The answer becomes a letter; a
+    position counts from 1 only where the rows prove it. Raises TableError, with the lines to write
+    into the profile, where columns or answers cannot be told.
     """
-    table = [(place, inputs.read_chat(row, given.messages) | row) for place, row in table]
-    columns = inputs.find_columns(table, given)
+    table = [(place, inputs.read_chat(row, source.columns.messages) | row) for place, row in table]
+    columns = inputs.find_columns(table, source.columns)
     questions: Table = []
     readings = []
     for number, (place, row) in enumerate(table):
         fields = {field: row.get(str(column)) for field, column in columns.items()}
         options, labels = inputs.read_options(row, columns["options"])
         readings.append(inputs.read_answer(fields["answer"], options, labels))
-        named = str(as_name(domain or fields["domain"]) or "")
-        fields |= {"options": options, "domain": re.sub("[ _-]+", "_", normalised(named)) or None}
+        domain = normalised(str(as_name(source.domain or fields["domain"]) or ""))
+        fields |= {"options": options, "domain": re.sub("[ _-]+", "_", domain) or None}
         filled = {field: value for field, value in (row | fields).items() if value is not None}
-        questions.append((place, {"id": f"{name}-{number}"} | filled))
+        questions.append((place, {"id": f"{name}-{number}"} | filled | {"split": name}))
     alone = [str(row.get("question")) for _, row in questions if "context" in row]
-    if not given.question and any(re.fullmatch("[A-Za-z]+", word) for word in alone):
+    if not source.columns.question and any(re.fullmatch("[A-Za-z]+", word) for word in alone):
         raise TableError(f"{name}: questions of one word; name their column: `question: <column>`")
-    how = given.answer_is or inputs.best_reading(readings)
+    how = source.columns.answer_is or inputs.best_reading(readings)
     if not how:
         raise TableError(f"{name}: unclear answers; say answer_is: letter, text, index0 or index1")
     for (_, row), letters in zip(questions, readings, strict=True):
@@ -141,29 +137,31 @@ def shaped(name: str, table: Table, given: Columns, domain: str | None = None) -
     return questions
 
 
-def _valid(table: Table, kind: type[Model], unusable: float = 0) -> list[Model]:
-    """The rows as questions, without a share that may be unusable. Raises TableError."""
-    questions, problems = inputs.check_rows(table, kind, "id")
-    if len(problems) > unusable * len(table):
-        inputs.refuse(problems)
-    if problems:
-        progress(f"  {len(problems)} rows are left out: {problems[0]} ...")
-    return questions
+def load_source(source: Source) -> list[Question]:
+    """The questions of one source, each with its `split` (in local ones: the name of its file).
+
+    Raises TableError for columns that cannot be told and for unusable rows: of a file any, of
+    a hub set more than a tenth (fewer are left out, and counted on stderr); HubError where the
+    hub does not give the set.
+    """
+    # A reader can mend files, but no hub set: a few of its rows are left out
+    local = is_local(source.path)
+    tables = inputs.file_tables(ROOT / source.path) if local else inputs.hub_tables(source)
+    rows: Table = []
+    for name, table in tables.items():
+        if source.rows and source.rows < len(table):
+            table = random.Random(0).sample(table, source.rows)
+        rows += shaped(name, table, source)
+    return inputs.check_rows(rows, Question, "id", unusable=0 if local else 0.1)
 
 
-def load_questions(
-    path: Path, columns: Columns | None = None, domain: str | None = None
-) -> list[Question]:
+def load_questions(path: Path) -> list[Question]:
     """Multiple-choice questions of a JSONL, CSV or Parquet file, or of a folder of such files.
 
-    A row has question, options and answer in any usual shape, or as `columns` say, and a domain,
-    unless `domain` is that of all. Raises TableError with all bad rows, or with the columns
-    that cannot be told.
+    A row has question, options and answer in any usual shape, and a domain. Raises TableError with
+    all bad rows, or with the columns that cannot be told.
     """
-    table: Table = []
-    for stem, rows in inputs.file_tables(path).items():
-        table += shaped(stem, rows, columns or Columns(), domain)
-    return _valid(table, Question)
+    return load_source(Source(path=str(path.absolute())))
 
 
 def load_open_questions(path: Path) -> list[OpenQuestion]:
@@ -176,7 +174,7 @@ def load_open_questions(path: Path) -> list[OpenQuestion]:
         for number, (place, row) in enumerate(rows):
             filled = {field: value for field, value in row.items() if value is not None}
             table.append((place, {"task": stem, "id": f"{stem}-{number}"} | filled))
-    return _valid(table, OpenQuestion)
+    return inputs.check_rows(table, OpenQuestion, "id")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -200,28 +198,26 @@ def draw(pool: Questions, n: int, seed: int | str, used: Iterable[str] = ()) -> 
     Fewer than `n` come back where the pool is smaller.
     """
     spent = set(used)
-    order = random.Random(seed).sample(list(pool), len(pool))
+    order = random.Random(seed).sample(pool, len(pool))
     return sorted(order, key=lambda question: question.id in spent)[:n]
 
 
-def draw_balanced(pool: Questions, n: int, domains: Sequence[str], seed: int) -> list[Question]:
+def subset(pool: Questions, n: int | None, seed: int, *domains: str) -> list[Question]:
     """`n` questions in equal parts from the `domains` (the first give one more if need be).
 
-    The seed of a domain's draw holds its name: with one seed for all, the same places of every
-    domain would be drawn, and with them the same gold letters.
+    By default from the domains of the pool; all questions where `n` is None. The seed of a domain's
+    draw holds its name: with one seed for all, the same places of every domain would be drawn, and
+    with them the same gold letters.
     """
     groups = by_domain(pool)
+    domains = domains or tuple(groups)
+    if n is None or not domains:
+        return list(pool)
     share, rest = divmod(n, len(domains))
     drawn = []
     for place, domain in enumerate(domains):
         drawn += draw(groups.get(domain, []), share + (place < rest), f"{seed}/{domain}")
     return drawn
-
-
-def subset(pool: Questions, n: int | None, seed: int) -> list[Question]:
-    """`n` questions in equal parts from their domains; all of them where `n` is None."""
-    domains = [*by_domain(pool)]
-    return list(pool) if n is None or not domains else draw_balanced(pool, n, domains, seed)
 
 
 def split_by_fact(pool: Questions, shares: Mapping[str, float], seed: int) -> Parts:
@@ -281,42 +277,22 @@ def _text(question: Question) -> str:
     return digest([normalised(question.context), normalised(question.question), options])
 
 
-def _roles(use: str | None, groups: Parts) -> Parts:
+def _roles(use: str | None, questions: list[Question]) -> Parts:
     """The questions of one source as train, dev and test."""
-    together = [question for group in groups.values() for question in group]
     if use in SHARES:
-        return {use: together}
+        return {use: questions}
     parts: Parts = {}
-    for name, group in groups.items():
+    for question in questions:
         # A file of a split may be called as the hub calls its own: train-00000-of-00002
-        role = ROLES.get(re.split("[^a-z]", name.lower())[0], "unused")
-        parts.setdefault(role, []).extend(group)
+        role = ROLES.get(re.split("[^a-z]", str(question.split).lower())[0], "unused")
+        parts.setdefault(role, []).append(question)
     if use == "divide" or "test" not in parts:
-        return split_by_fact(together, SHARES, seed=0)
+        return split_by_fact(questions, SHARES, seed=0)
     if unused := parts.pop("unused", []):
         progress(f"  {len(unused)} questions of other splits than train, dev and test: not used")
     if "train" in parts and "dev" not in parts:
         parts |= split_by_fact(parts["train"], {"train": 0.9, "dev": 0.1}, seed=0)
     return parts
-
-
-def load_source(source: Source) -> Parts:
-    """The questions of one source, by the names of its splits (a local one: of its files).
-
-    Raises TableError for columns that cannot be told and for unusable rows: of a file any, of
-    a hub set more than a tenth (fewer are left out, and counted on stderr); HubError where the
-    hub does not give the set.
-    """
-    # A reader can mend files, but no hub set: a few of its rows are left out
-    local = is_local(source.path)
-    tables = inputs.file_tables(ROOT / source.path) if local else inputs.hub_tables(source)
-    groups: Parts = {}
-    for name, table in tables.items():
-        if source.rows and source.rows < len(table):
-            table = random.Random(0).sample(table, source.rows)
-        rows = shaped(name, table, source.columns, source.domain)
-        groups[name] = _valid(rows, Question, unusable=0 if local else 0.1)
-    return groups
 
 
 # ---------------------------------------------------------------------------------------------
@@ -357,4 +333,4 @@ def open_splits(settings: Settings) -> dict[str, list[OpenQuestion]]:
         skip = count if len(mixed) == 1 else 0
         for split, rows in ("train", mixed[0][skip : skip + asked]), ("test", mixed[-1][:count]):
             chosen[split] += [(place, row | {"task": task}) for place, row in rows]
-    return {split: _valid(table, OpenQuestion) for split, table in chosen.items()}
+    return {split: inputs.check_rows(table, OpenQuestion, "id") for split, table in chosen.items()}

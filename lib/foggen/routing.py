@@ -18,9 +18,9 @@ from scipy.stats import binom
 from statsmodels.stats.multitest import multipletests
 
 from foggen import stats
-from foggen.inputs import Table, TableError, check_rows, read_rows, refuse
+from foggen.inputs import Table, TableError, as_name, check_rows, read_rows
 from foggen.prompts import BUCKETS
-from foggen.questions import Fact, as_name
+from foggen.questions import Fact
 from foggen.stats import MEAN, Array, Values, auroc, bootstrap, means, ratio, router_score, tie_sums
 from foggen.store import ROOT, read_json
 
@@ -96,9 +96,7 @@ def _checked(table: Table, source: str, scores: Sequence[str]) -> Frame:
         missing = f"no column `{absent[0]}`" if table else "no rows"
         raise TableError(f"{source}: {missing}; expected {', '.join(required)}")
     blank = dict.fromkeys({*columns} - {*required})
-    filled = [(place, blank | row) for place, row in table]
-    rows, problems = check_rows(filled, kind, "id", "seed")
-    refuse(problems)
+    rows: list[Any] = check_rows([(p, blank | row) for p, row in table], kind, "id", "seed")
     numbers = {name: float for name in columns if "float" in str(fields.get(name))}
     return Frame([row.model_dump() for row in rows], columns=columns).astype(numbers)
 
