@@ -70,12 +70,10 @@ class OpenAIEngine(Engine):
         key, http = read_key(self.key_variable), LimitedClient(self.timeout)
         client = openai.OpenAI(base_url=url, api_key=key, max_retries=retries, http_client=http)
         with client, ThreadPoolExecutor(self.concurrency) as pool:
+            # After a failure or Ctrl-C `map` asks no more, and what is on its way is kept
             asked = pool.map(partial(self._reply, client), todo, todo.values())
-            try:
-                bar = tqdm(asked, "cloud", len(todo), unit=" questions", delay=1)
-                replies = dict(zip(todo, bar, strict=True))
-            finally:  # after a failure or Ctrl-C what is on its way is kept, and no more is asked
-                pool.shutdown(cancel_futures=True)
+            bar = tqdm(asked, "cloud", len(todo), unit=" questions", delay=1)
+            replies = dict(zip(todo, bar, strict=True))
         answers = [[replies[name] for name in row] for row in names]
         if uncounted := sum(bool(c and c.text and not c.tokens) for row in answers for c in row):
             log.warning("cloud: %d replies came without a token count: 0 stands for it", uncounted)
@@ -163,10 +161,9 @@ def read_reply(body: bytes, key: str = "") -> Completion | None:
         data = json.loads(body)
         choice, usage = data["choices"][0], data.get("usage")
         reason, content = choice.get("finish_reason"), (choice.get("message") or {}).get("content")
-        failed = data.get("error") or choice.get("error") or reason == "error"
+        if data.get("error") or choice.get("error") or reason == "error":
+            return None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None
-    if failed:
         return None
     # A text, or a list of parts, of which those that are text count
     parts = content if isinstance(content, list) else [content]
