@@ -38,7 +38,8 @@ class OpenAIEngine(Engine):
 
     `on_failure` says what follows when retries are used up: `stop` raises (run again to resume),
     `keep_local` leaves the prompt without completions, for the next run to ask. The client of
-    `openai` waits .5 to 8 s between tries, or up to 120 s of Retry-After. Raises EngineError or
+    `openai` waits .5 to 8 s between tries, or up to 120 s of Retry-After; after a failure or Ctrl-C
+    it makes the tries of the requests on their way, and no other request. Raises EngineError or
     pydantic's ValidationError at once for an address, a key or options that cannot work.
     """
 
