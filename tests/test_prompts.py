@@ -17,7 +17,6 @@ from foggen.prompts import (
     LETTERS,
     SYSTEM_MCQ,
     VERIFY_DECISION,
-    ChatTemplateError,
     encode_chat,
     mcq_messages,
     open_messages,
@@ -319,7 +318,7 @@ def test_an_assistant_prefix_is_continued(tokenizer):
     prompt = encode_chat(tokenizer, messages)
     for prefix in ("Confidence: 0.5<|im_end|>", ""):
         ids = encode_chat(tokenizer, [*messages, {"role": "assistant", "content": prefix}])
-        assert ids == prompt + plain_ids(tokenizer, prefix) and ids[-1] != tokenizer.eos_token_id
+        assert ids == [*prompt, *plain_ids(tokenizer, prefix)] and ids[-1] != tokenizer.eos_token_id
 
 
 def test_random_texts_keep_their_ids(tokenizer):
@@ -329,7 +328,7 @@ def test_random_texts_keep_their_ids(tokenizer):
         text = "".join(draws.choices(alphabet, k=draws.randrange(1, 30)))
         chat = [{"role": "user", "content": content} for content in (text, "last")]
         ids = encode_chat(tokenizer, chat)
-        inside = plain_ids(tokenizer, text)
+        inside = list(plain_ids(tokenizer, text))
         assert any(ids[start : start + len(inside)] == inside for start in range(len(ids)))
         assert tokenizer.decode(ids).count("last") == 1
 
@@ -397,15 +396,15 @@ def test_a_turn_ends_with_the_first_control_token(end, learnt):
 
 @pytest.mark.parametrize("end", ["", "\\n", "### End"])
 def test_a_template_without_an_end_mark_is_refused(end):
-    with pytest.raises(ChatTemplateError, match="some/model: a turn ends without control token"):
+    with pytest.raises(ValueError, match="some/model: a turn ends without control token"):
         turn_end_ids(templated(turns(end)))
-    with pytest.raises(ChatTemplateError):
+    with pytest.raises(ValueError, match="some/model"):
         turn_end_ids(templated("{{- messages[0].content }}<|im_end|>"))
 
 
 def test_a_template_that_drops_or_refuses_a_message_is_told():
     for template in ("{{- messages[0].role }}", "{{- raise_exception('no') }}"):
-        with pytest.raises(ChatTemplateError, match="some/model: the template leaves out"):
+        with pytest.raises(ValueError, match="some/model: the template leaves out"):
             encode_chat(templated(template), mcq_messages(CARD))
 
 

@@ -238,10 +238,6 @@ _CONTENT = "\ue000"  # stands for the content of a message while the template is
 _DATE = date(2024, 7, 26)
 
 
-class ChatTemplateError(ValueError):
-    """A chat template that this recipe cannot use; the message names its model."""
-
-
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
     """Token ids of a chat up to where the assistant speaks; contents are always plain text.
 
@@ -249,6 +245,8 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[
     and tokenising it would turn that text into control tokens. So the template is rendered around
     placeholders: its text may become control tokens, the contents never do. A last message of
     the role `assistant` is a prefix that the model continues, without an end-of-turn token.
+
+    Raises ValueError, naming the model, for a template that leaves out or refuses a message.
     """
     head, *pieces = _template_pieces(tokenizer, tuple(message["role"] for message in messages))
     ids: list[int] = tokenizer.encode(head, add_special_tokens=False)
@@ -273,7 +271,7 @@ def _template_pieces(tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...])
         turns[1]["content"] = f"{_CONTENT}\n\n{_CONTENT}"
         pieces = _rendered(tokenizer, turns[1:], add_generation_prompt=True).split(_CONTENT)
     if len(pieces) != len(roles) + 1:
-        raise ChatTemplateError(f"{tokenizer.name_or_path}: the template leaves out a message")
+        raise ValueError(f"{tokenizer.name_or_path}: the template leaves out a message")
     return pieces
 
 
@@ -286,16 +284,20 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Messages, **options: An
         return ""
 
 
-def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text in which everything that looks like a special token is plain text."""
-    return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+@lru_cache(maxsize=1024)
+def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """Token ids of a text in which everything that looks like a special token is plain text.
+
+    Cached for what prompts share: the system prompt, and the texts that are scored.
+    """
+    return tuple(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
 
 
 def turn_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     r"""The tokens after an assistant's text, up to the first control token: the end of its turn.
 
     `[<|im_end|>]` in most templates, `[\n, <|EOT|>]` where a line break precedes the mark. All of
-    them are learnt; generation ends at the last one. Raises ChatTemplateError without a mark.
+    them are learnt; generation ends at the last one. Raises ValueError without a mark.
     """
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _CONTENT}]
     _, content, ending = _rendered(tokenizer, turns).rpartition(_CONTENT)
@@ -303,5 +305,5 @@ def turn_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     added = tokenizer.added_tokens_decoder
     marks = [place for place, token in enumerate(ids) if token in added and added[token].special]
     if not marks:
-        raise ChatTemplateError(f"{tokenizer.name_or_path}: a turn ends without control token")
+        raise ValueError(f"{tokenizer.name_or_path}: a turn ends without control token")
     return ids[: marks[0] + 1]

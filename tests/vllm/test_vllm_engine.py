@@ -20,7 +20,7 @@ pytest.importorskip(
 from foggen.engines import PURE, Engine, EngineError, Sampling
 from foggen.engines.transformers_engine import TransformersEngine
 from foggen.engines.vllm_engine import VLLMEngine
-from foggen.prompts import BUCKET_TEXTS, Messages, mcq_messages
+from foggen.prompts import BUCKET_TEXTS, Messages, encode_chat, mcq_messages
 from foggen.questions import load_questions
 
 ROOT = Path(__file__).parents[2]
@@ -133,7 +133,7 @@ def line_breaks() -> list[int]:
 
 
 def cached_tokens(engine: VLLMEngine, prompt: Messages) -> int:
-    ids = {"prompt_token_ids": engine._encode([prompt], 1)[0]}
+    ids = {"prompt_token_ids": encode_chat(engine.tokenizer, prompt)}
     (output,) = engine.llm.generate([ids], use_tqdm=False)
     return int(output.num_cached_tokens or 0)
 
@@ -161,8 +161,3 @@ def test_a_prompt_that_is_too_long_is_named_and_nothing_runs(
     with pytest.raises(EngineError, match=r"exceed max_model_len, 512, .* very very"):
         engine.generate([*prompts[:2], long], GREEDY)
     assert all(texts(engine, prompts[:2]))
-
-
-def test_one_engine_at_a_time(engine: VLLMEngine) -> None:
-    with pytest.raises(EngineError, match="close the engine of"):
-        VLLMEngine(EDGE, **OPTIONS)

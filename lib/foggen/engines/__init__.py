@@ -4,8 +4,6 @@ A profile's `engine:` names one of `ENGINES`; the rest of its block are that eng
 nothing of questions, labels or rounds.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,7 +15,7 @@ from typing import Annotated, Any, Protocol
 import pydantic.dataclasses
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from foggen.prompts import Messages, encode_chat, plain_ids
+from foggen.prompts import Messages, encode_chat
 
 ENGINES = {  # imported at first use, so that a machine needs only the packages of its engines
     "transformers": "foggen.engines.transformers_engine:TransformersEngine",
@@ -77,8 +75,8 @@ class Engine(Protocol):
         """`sampling.n` completions per prompt; none for one that a cloud failed to answer."""
 
     def score(self, prompts: Chats, texts: Texts, sampling: Sampling = PURE) -> list[list[float]]:
-        """log P(text | prompt) in nats of each prompt's `texts`, under the distribution that
-        `sampling` draws from: -inf for what its `top_p` or `top_k` rule out.
+        """log P(text | prompt) in nats of each prompt's `texts` (none of them empty), under the
+        distribution that `sampling` draws from: -inf for what its `top_p` or `top_k` rule out.
         """
         raise EngineError(f"{self.name}: this engine gives no probabilities (engine, cloud.engine)")
 
@@ -133,7 +131,7 @@ class EngineSlot:
 # What local engines share
 
 
-def prompt_ids(tokenizer: Any, prompts: Chats, more: int, room: int) -> list[list[int]]:
+def prompt_ids(tokenizer: Any, prompts: Chats, more: int, room: float) -> list[list[int]]:
     """Token ids of the prompts. Raises EngineError if `more` tokens do not fit behind them."""
     ids = [encode_chat(tokenizer, prompt) for prompt in prompts]
     for prompt, row in zip(prompts, ids, strict=True):
@@ -142,12 +140,6 @@ def prompt_ids(tokenizer: Any, prompts: Chats, more: int, room: int) -> list[lis
             limits = f"{len(row)} tokens and {more} to come exceed max_model_len, {room}"
             raise EngineError(f"{limits}, in the prompt that ends with {text[-200:]!r}")
     return ids
-
-
-def text_ids(tokenizer: Any, texts: Texts) -> list[list[tuple[int, ...]]]:
-    """Token ids of the texts that `score` is asked for, none of which is empty."""
-    ids = {text: tuple(plain_ids(tokenizer, text)) for row in texts for text in row}
-    return [[ids[text] for text in row] for row in texts]
 
 
 def prompt_seeds(seed: int, prompts: Sequence[list[int]]) -> list[int]:

@@ -5,8 +5,6 @@ what was paid for is not asked again. It holds text and token count, never the k
 sent: hosted providers ignore it, CPU builds of vLLM die of it.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -15,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, asdict, field
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Annotated, Any, Literal
 
 import httpx2
@@ -31,7 +28,8 @@ from foggen.store import ROOT, digest, read_record, write_json
 log = logging.getLogger(__name__)
 ADDRESS = r"(?i)^https?://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?(/[^\s?#@]*)?$"  # alone
 SAFE = re.compile(r"https://|http://(localhost|127\.[0-9.]+|\[::1\])(?=[:/]|$)", re.I)
-TOLD = ("retry-after", "retry-after-ms", "location")
+TOLD = ("retry-after", "location")
+PASSING = (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError)
 
 
 @dataclass(config={"extra": "forbid", "hide_input_in_errors": True})  # which may be a password
@@ -40,7 +38,8 @@ class OpenAIEngine(Engine):
 
     `on_failure` says what follows when retries are used up: `stop` raises (run again to resume),
     `keep_local` leaves the prompt without completions, for the next run to ask. The client of
-    `openai` waits .5 to 8 s between tries, or up to 120 s of Retry-After. Raises EngineError or
+    `openai` waits .5 to 8 s between tries, or up to 120 s of Retry-After; after a failure or Ctrl-C
+    it makes the tries of the requests on their way, and no other request. Raises EngineError or
     pydantic's ValidationError at once for an address, a key or options that cannot work.
     """
 
@@ -57,30 +56,25 @@ class OpenAIEngine(Engine):
 
     def __post_init__(self) -> None:
         self.name = self.model
-        self.end: EngineError | None = None  # why no more is asked
         read_key(self.key_variable)
         if not SAFE.match(self.base_url):
             log.warning("base_url %s, plain http: others can read key and questions", self.base_url)
 
     def generate(self, prompts: Chats, sampling: Sampling) -> list[list[Completion]]:
-        """As in `Engine`. Raises OSError for a cache that cannot be written, before any request."""
+        """As in `Engine`. Raises OSError for a cache that cannot be made, before any request."""
         self.cache.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=self.cache).close()
         url, retries = self.base_url.rstrip("/"), self.max_retries
-        key, self.end = read_key(self.key_variable), None
         bodies = [self._body(prompt, sampling) for prompt in prompts]
         samples = range(sampling.n)
         names = [[digest([url, body, sampling.seed, k]) for k in samples] for body in bodies]
         todo = {name: body for body, row in zip(bodies, names, strict=True) for name in row}
-        http = LimitedClient(self)
+        key, http = read_key(self.key_variable), LimitedClient(self.timeout)
         client = openai.OpenAI(base_url=url, api_key=key, max_retries=retries, http_client=http)
         with client, ThreadPoolExecutor(self.concurrency) as pool:
+            # After a failure or Ctrl-C `map` asks no more, and what is on its way is kept
             asked = pool.map(partial(self._reply, client), todo, todo.values())
-            try:
-                bar = tqdm(asked, "cloud", len(todo), unit=" questions", delay=1)
-                replies = dict(zip(todo, bar, strict=True))
-            finally:  # after Ctrl-C, too: what is on its way is kept, no more is asked
-                self.end = self.end or EngineError("cloud: interrupted")
+            bar = tqdm(asked, "cloud", len(todo), unit=" questions", delay=1)
+            replies = dict(zip(todo, bar, strict=True))
         answers = [[replies[name] for name in row] for row in names]
         if uncounted := sum(bool(c and c.text and not c.tokens) for row in answers for c in row):
             log.warning("cloud: %d replies came without a token count: 0 stands for it", uncounted)
@@ -116,40 +110,36 @@ class OpenAIEngine(Engine):
 
     def _fail(self, error: openai.APIError, key: str) -> None:
         """Warns of a failure that may pass, under keep_local. Raises EngineError for all others."""
-        passing, said = True, f"{type(error).__name__}: {error.__cause__}"
+        said = f"{type(error).__name__}: {error.__cause__}"
         if isinstance(error, openai.APIStatusError):
-            status, reply = error.status_code, error.response
-            passing = status in (408, 409, 429) or status >= 500
+            reply = error.response
             # Where a redirection leads is told, and not followed: prompts go nowhere else
             told = {name: reply.headers[name] for name in TOLD if name in reply.headers}
-            said = f"{type(error).__name__} {status} {told or ''}: {reply.text}"
+            said = f"{type(error).__name__} {reply.status_code} {told or ''}: {reply.text}"
         check = f"check `model`, `base_url` and the key in {self.key_variable} (`key_variable`)"
         message = f"cloud: {masked(said, key)[:1000]}; run again to resume, or {check}"
-        if not passing or self.on_failure == "stop":
-            self.end = self.end or EngineError(message)
-            raise self.end from None
+        if self.on_failure == "stop" or not isinstance(error, PASSING):
+            raise EngineError(message) from None
         log.warning(message)
 
 
 class LimitedClient(openai.DefaultHttpxClient):
-    """Gives a try the engine's `timeout` in all (httpx: per piece), and none once `end` is set.
+    """Gives a try `limit` seconds in all (httpx: per piece).
 
     A reply without a choice that can be read becomes a server's fault (502), which is tried again.
     """
 
-    def __init__(self, engine: OpenAIEngine) -> None:
-        super().__init__(timeout=engine.timeout, follow_redirects=False)
-        self.engine, self.tries = engine, ThreadPoolExecutor(1000)
+    def __init__(self, limit: float) -> None:
+        super().__init__(timeout=limit, follow_redirects=False)
+        self.limit, self.tries = limit, ThreadPoolExecutor(1000)
 
     def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
         """The response, read to its end."""
-        if self.engine.end:
-            raise self.engine.end
         try:
             sent = self.tries.submit(super().send, request, **options)
-            response = sent.result(self.engine.timeout)
+            response = sent.result(self.limit)
         except (TimeoutError, httpx2.TimeoutException):  # a silent server: whichever is first
-            late = f"no whole reply within {self.engine.timeout} s (`timeout`)"
+            late = f"no whole reply within {self.limit} s (`timeout`)"
             raise httpx2.ReadTimeout(late, request=request) from None
         if response.is_success and read_reply(response.content) is None:
             response.status_code = 502
@@ -170,15 +160,12 @@ def read_reply(body: bytes, key: str = "") -> Completion | None:
     """
     try:
         data = json.loads(body)
-        choice = data["choices"][0]
-        reason = choice.get("finish_reason")
-        failed = data.get("error") or choice.get("error") or reason == "error"
+        choice, usage = data["choices"][0], data.get("usage")
+        reason, content = choice.get("finish_reason"), (choice.get("message") or {}).get("content")
+        if data.get("error") or choice.get("error") or reason == "error":
+            return None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
-    if failed:
-        return None
-    message, usage = choice.get("message"), data.get("usage")
-    content = message.get("content") if isinstance(message, dict) else None
     # A text, or a list of parts, of which those that are text count
     parts = content if isinstance(content, list) else [content]
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]

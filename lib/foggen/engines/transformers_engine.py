@@ -4,13 +4,10 @@ Samples of a prompt are rows of a batch, which branch where their tokens differ.
 those of `model.generate`. Knows nothing of questions and labels.
 """
 
-from __future__ import annotations
-
 import copy
-import sys
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
@@ -26,10 +23,9 @@ from transformers.utils import logging as transformers_logging
 
 from foggen import engines
 from foggen.engines import PURE, Chats, Completion, Engine, Sampling, Texts
+from foggen.prompts import plain_ids
 
 transformers_logging.disable_progress_bar()  # of loading weights: debris in a notebook
-Ids = list[int]
-End = tuple[int, ...]
 
 
 @dataclass
@@ -68,7 +64,7 @@ class TransformersEngine(Engine):
     @torch.inference_mode()
     def generate(self, prompts: Chats, sampling: Sampling) -> list[list[Completion]]:
         """As in `Engine`. A prompt's samples depend on the seed and itself, not on others."""
-        whole = self._encode(prompts, sampling.max_tokens)
+        whole = engines.prompt_ids(self.tokenizer, prompts, sampling.max_tokens, self.room)
         noise = sample_noise(whole, sampling)  # [prompts, n, tokens]
         results: list[list[Completion]] = [[] for _ in prompts]
         for batch, rows, logits in self._read_prompts(whole, sampling.n, sampling.max_tokens):
@@ -81,18 +77,18 @@ class TransformersEngine(Engine):
     @torch.inference_mode()
     def score(self, prompts: Chats, texts: Texts, sampling: Sampling = PURE) -> list[list[float]]:
         """As in `Engine`. Texts of a prompt that differ in their last token only are run as one."""
-        ends = engines.text_ids(self.tokenizer, texts)
+        ends = [[plain_ids(self.tokenizer, text) for text in row] for row in texts]
         heads = [longest_beginnings(row) for row in ends]
         copies = max(map(len, heads), default=0)
         more = max((len(head) + 1 for row in heads for head in row), default=0)
-        whole = self._encode(prompts, more)
-        logs: list[dict[End, float]] = [{} for _ in prompts]
+        whole = engines.prompt_ids(self.tokenizer, prompts, more, self.room)
+        logs: list[dict[tuple[int, ...], float]] = [{} for _ in prompts]
         # Read the prompts but for their last tokens, then a row for every head behind that token
         for batch, rows, _ in self._read_prompts([prompt[:-1] for prompt in whole], copies, more):
             paths = [(place, i, head) for place, i in enumerate(batch) for head in heads[i]]
             rows.take(torch.tensor([place for place, _, _ in paths], device=self.device))
-            read = self._padded([[whole[i][-1], *head] for _, i, head in paths], "right")
-            logits = self._read(rows, *read, keep=read[0].shape[1])
+            ids = self._padded([[whole[i][-1], *head] for _, i, head in paths], "right")
+            logits = self._read(rows, ids, keep=ids.shape[1])
             for (_, i, head), row in zip(paths, logits, strict=True):  # row: [places, vocabulary]
                 log = tempered(row, sampling).log_softmax(-1)
                 for end in ends[i]:
@@ -110,19 +106,15 @@ class TransformersEngine(Engine):
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype)
         self.model = model.to(self.device).eval()
         self.end_ids = engines.end_tokens(model.generation_config, self.tokenizer)
+        config = model.config.get_text_config()
+        self.room = getattr(config, "max_position_embeddings", math.inf)  # of prompt and text
 
     def close(self) -> None:
         """Frees the weights."""
         del self.model
         torch.cuda.empty_cache()
 
-    def _encode(self, prompts: Chats, more: int) -> list[Ids]:
-        """Token ids of the prompts. Raises EngineError if `more` tokens do not fit behind them."""
-        config = self.model.config.get_text_config()
-        room = getattr(config, "max_position_embeddings", sys.maxsize)
-        return engines.prompt_ids(self.tokenizer, prompts, more, room)
-
-    def _read_prompts(self, prompts: list[Ids], copies: int, more: int) -> Iterator[Batch]:
+    def _read_prompts(self, prompts: list[list[int]], copies: int, more: int) -> Iterator[Batch]:
         """Batches of prompts, read: their indices, rows, and logits [rows, vocabulary] after them.
 
         A prompt will be `copies` rows in the cache, each with `more` tokens.
@@ -135,7 +127,7 @@ class TransformersEngine(Engine):
         heads = [prompt[:-1] for prompt in prompts] if plain else []
         shared = list(commonprefix(heads))  # noqa: RUF071 - of token ids, not of paths
         if shared:
-            self._read(prefix, *self._padded([shared]))
+            self._read(prefix, self._padded([shared]))
         # Longest first, as many at a time as the budget allows
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         while order:
@@ -146,7 +138,7 @@ class TransformersEngine(Engine):
             rows = copy.deepcopy(prefix)
             rows.take(torch.zeros(len(batch), dtype=torch.long, device=self.device))
             rests = [prompts[index][len(shared) :] for index in batch]
-            yield batch, rows, self._read(rows, *self._padded(rests))[:, -1]
+            yield batch, rows, self._read(rows, self._padded(rests))[:, -1]
 
     def _continue(
         self, rows: Rows, logits: Tensor, sampling: Sampling, uniform: Tensor
@@ -155,7 +147,7 @@ class TransformersEngine(Engine):
 
         Texts share a row of the batch up to where they differ. `uniform`: [texts, tokens].
         """
-        texts: list[Ids] = [[] for _ in range(len(logits) * sampling.n)]
+        texts: list[list[int]] = [[] for _ in range(len(logits) * sampling.n)]
         # The texts that have not ended, and the row that each of them goes on from
         running = list(range(len(texts)))
         row = torch.arange(len(logits), device=self.device).repeat_interleave(sampling.n)
@@ -172,27 +164,26 @@ class TransformersEngine(Engine):
             pairs = torch.stack([row[going], tokens[going]], 1)  # [running, 2]
             new, row = torch.unique(pairs, dim=0, return_inverse=True)  # [rows, 2], [running]
             rows.take(new[:, 0])
-            logits = self._read(rows, new[:, 1:], torch.ones_like(new[:, 1:]))[:, -1]
+            logits = self._read(rows, new[:, 1:])[:, -1]
         return [self._completion(ids, sampling.stop) for ids in texts]
 
-    def _read(self, rows: Rows, ids: Tensor, mask: Tensor, keep: int = 1) -> Tensor:
-        """Logits [rows, keep, vocabulary] of the last of `ids` [rows, width] (`mask` 0: a pad)."""
-        rows.mask = torch.cat([rows.mask, mask], 1)
+    def _read(self, rows: Rows, ids: Tensor, keep: int = 1) -> Tensor:
+        """Logits [rows, keep, vocabulary] of the last of `ids` [rows, width] (-1: a pad)."""
+        rows.mask = torch.cat([rows.mask, (ids >= 0).long()], 1)
         positions = (rows.mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # [rows, width]
         where = {"attention_mask": rows.mask, "position_ids": positions}
-        output = self.model(ids, past_key_values=rows.cache, logits_to_keep=keep, **where)
-        return output.logits  # type: ignore[no-any-return]
+        cache, ids = rows.cache, ids.clamp(min=0)
+        return self.model(ids, past_key_values=cache, logits_to_keep=keep, **where).logits  # type: ignore[no-any-return]
 
-    def _padded(self, rows: list[Ids], side: str = "left") -> tuple[Tensor, Tensor]:
-        """Ids and mask [rows, width], with pads on one side."""
+    def _padded(self, rows: list[list[int]], side: str = "left") -> Tensor:
+        """Ids [rows, width], with pads of -1 on one side."""
         ids = [torch.tensor(row, device=self.device) for row in rows]
-        pad = partial(pad_sequence, batch_first=True, padding_side=side)
-        return pad(ids), pad([torch.ones_like(row) for row in ids])
+        return pad_sequence(ids, batch_first=True, padding_value=-1, padding_side=side)
 
-    def _ended(self, ids: Ids, stop: tuple[str, ...]) -> bool:
+    def _ended(self, ids: list[int], stop: tuple[str, ...]) -> bool:
         return ids[-1] in self.end_ids or (bool(stop) and self._completion(ids, stop).finished)
 
-    def _completion(self, ids: Ids, stop: tuple[str, ...]) -> Completion:
+    def _completion(self, ids: list[int], stop: tuple[str, ...]) -> Completion:
         """The text before the end token and the first stop string."""
         ended = ids[-1] in self.end_ids
         text = self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
@@ -200,7 +191,7 @@ class TransformersEngine(Engine):
         return Completion(text[: min(stops, default=len(text))], len(ids), ended or bool(stops))
 
 
-def longest_beginnings(ends: list[End]) -> list[End]:
+def longest_beginnings(ends: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """Texts without their last tokens, but for those that another one begins with."""
     heads = {end[:-1] for end in ends} | {()}
     return [a for a in heads if not any(b[: len(a)] == a for b in heads - {a})]
@@ -210,7 +201,7 @@ def longest_beginnings(ends: list[End]) -> list[End]:
 # Drawing tokens
 
 
-def sample_noise(prompts: list[Ids], sampling: Sampling) -> Tensor:
+def sample_noise(prompts: list[list[int]], sampling: Sampling) -> Tensor:
     """Uniform numbers [prompts, n, max_tokens] of the seed, the prompt and its occurrence alone."""
     shape = (sampling.n, sampling.max_tokens)
     seeds = engines.prompt_seeds(sampling.seed, prompts)

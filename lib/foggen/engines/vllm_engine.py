@@ -3,39 +3,32 @@
 Knows nothing of questions and labels.
 """
 
-from __future__ import annotations
-
 import gc
 import math
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from foggen import engines
 from foggen.engines import PURE, Chats, Completion, Engine, EngineError, Sampling, Texts
 from foggen.engines.transformers_engine import pick_dtype
-
-Ids = tuple[int, ...]
+from foggen.prompts import plain_ids
 
 
 class VLLMEngine(Engine):
     """See `Engine`. Options go to `vllm.LLM`: tensor_parallel_size, gpu_memory_utilization,
     max_model_len, distributed_executor_backend (`ray` for several nodes) and so on.
 
-    On a CPU the engine runs inside this process (helpers would compete for its cores), and alone:
-    closing one ends them all. A call is seeded as a whole there: one per request kills vLLM 0.32.
+    On a CPU the engine runs inside this process (helpers would compete for its cores): close it
+    before you make another. A call is seeded as a whole there: one per request kills vLLM 0.32.
     """
-
-    open_on_cpu: ClassVar[str] = ""  # the model of this process's engine
 
     def __init__(self, model: str | Path, dtype: str = "auto", **options: Any) -> None:
         self.name, self.cpu = str(model), not torch.cuda.is_available()
         if self.cpu:
-            if self.open_on_cpu:
-                raise EngineError(f"vLLM on a CPU: close the engine of {self.open_on_cpu} first")
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
             dtype = str(pick_dtype(dtype, torch.device("cpu"))).removeprefix("torch.")
             # Blocks of 32 tokens, not 128: only whole ones are cached, and prompts are short
@@ -47,12 +40,12 @@ class VLLMEngine(Engine):
         fixed |= {"dtype": dtype, "enable_sleep_mode": not self.cpu}
         self.llm = LLM(self.name, **fixed, **options)
         self.tokenizer = self.llm.get_tokenizer()
+        self.room = self.llm.llm_engine.model_config.max_model_len  # tokens of prompt and text
         self._read_end_tokens(model)
-        VLLMEngine.open_on_cpu = self.name if self.cpu else ""
 
     def generate(self, prompts: Chats, sampling: Sampling) -> list[list[Completion]]:
         """As in `Engine`; the prompts' common beginnings are found by vLLM's prefix cache."""
-        ids = self._encode(prompts, sampling.max_tokens)
+        ids = engines.prompt_ids(self.tokenizer, prompts, sampling.max_tokens, self.room)
         common = asdict(sampling) | {"stop": list(sampling.stop), "stop_token_ids": self.end_ids}
         # Sample i of a prompt gets seed + i: the seeds lie far apart, so no noise is shared
         seeds = engines.prompt_seeds(sampling.seed, ids)
@@ -71,14 +64,14 @@ class VLLMEngine(Engine):
         Five confidences with four letters each so take about five requests per prompt, and not 36.
         (Log-probabilities of a prompt's own tokens, which vLLM has too, ignore the temperature.)
         """
-        ends = engines.text_ids(self.tokenizer, texts)
+        ends = [[plain_ids(self.tokenizer, text) for text in row] for row in texts]
         longest = max((len(end) for row in ends for end in row), default=0)
-        ids = self._encode(prompts, longest)
+        ids = engines.prompt_ids(self.tokenizer, prompts, longest, self.room)
         drawn = {name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k")}
         listed = [sorted({token for end in row for token in end}) for row in ends]
         # Per prompt: all beginnings of its texts; and what is known of their last tokens
         wanted = [{start for end in row for start in beginnings(end)} for row in ends]
-        logs: list[dict[Ids, float]] = [{(): 0.0} for _ in ids]
+        logs: list[dict[tuple[int, ...], float]] = [{(): 0.0} for _ in ids]
         while places := [
             (index, place)
             for index, known in enumerate(logs)
@@ -118,7 +111,6 @@ class VLLMEngine(Engine):
         """Ends vLLM and frees its memory."""
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
-        VLLMEngine.open_on_cpu = ""
         gc.collect()
 
     def _read_end_tokens(self, path: str | Path) -> None:
@@ -127,11 +119,6 @@ class VLLMEngine(Engine):
 
         config = try_get_generation_config(str(path), trust_remote_code=False)
         self.end_ids = engines.end_tokens(config, self.tokenizer)
-
-    def _encode(self, prompts: Chats, more: int) -> list[list[int]]:
-        """Token ids of the prompts. Raises EngineError if `more` tokens do not fit behind them."""
-        room = self.llm.llm_engine.model_config.max_model_len
-        return engines.prompt_ids(self.tokenizer, prompts, more, room)
 
     def _run(self, ids: list[list[int]], settings: list[dict[str, Any]]) -> list[list[Any]]:
         """vLLM's completions of each prompt."""
@@ -143,7 +130,7 @@ class VLLMEngine(Engine):
         return [output.outputs for output in outputs]
 
 
-def beginnings(ids: Ids) -> list[Ids]:
+def beginnings(ids: tuple[int, ...]) -> list[tuple[int, ...]]:
     """The first token, the first two, and so on."""
     return [ids[:end] for end in range(1, len(ids) + 1)]
 
