@@ -168,7 +168,8 @@ def check_rows(table: Table, kind: type[Model], *key: str, unusable: float = 0) 
             for bad in error.errors():
                 field = str(bad["loc"][0])
                 form = kind.model_fields[field].description or bad["msg"]
-                problems.append(f"{place}: field `{field}`: {bad['input']!r:.60}; expected: {form}")
+                value = "missing" if bad["type"] == "missing" else f"{bad['input']!r:.60}"
+                problems.append(f"{place}: field `{field}`: {value}; expected: {form}")
             continue
         name = tuple(getattr(model, field) for field in key)
         if models.setdefault(name, model) is not model:

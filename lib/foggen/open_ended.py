@@ -9,6 +9,7 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from decimal import Decimal
 from fractions import Fraction
 from itertools import groupby
 from types import SimpleNamespace
@@ -56,8 +57,8 @@ _CLEANING = {
 }
 # After a word, a number or a bracket a minus is a subtraction, a range or a hyphen
 _NUMBER = re.compile(
-    r"(?:(?<![\w)\]%])-|(?<![\w)\]%]\s)(?<![\w)\]%])-\s)?(?:(?<!\w)\d{1,40}(?:\.\d{1,40})?|(?<![\w.])\.\d{1,40})"
-    r"(?:\s*/\s*\d{1,40}(?:\.\d{1,40})?)?"
+    r"(?:(?<![\w)\]%])-|(?<![\w)\]%]\s)(?<![\w)\]%])-\s)?(?:(?<!\w)\d+(?:\.\d+)?|(?<![\w.])\.\d+)"
+    r"(?:\s*/\s*\d+(?:\.\d+)?)?"
 )
 
 
@@ -78,7 +79,8 @@ def final_number(text: str) -> Fraction | None:
     if not numbers:
         return None
     top, _, bottom = "".join(numbers[0 if mark else -1].split()).partition("/")
-    return Fraction(top) / Fraction(bottom or 1) if Fraction(bottom or 1) else None
+    divisor = Fraction(Decimal(bottom or 1))  # by way of Decimal, which reads any number of digits
+    return Fraction(Decimal(top)) / divisor if divisor else None
 
 
 def same_number(answer: str, references: Sequence[str]) -> float:
