@@ -11,7 +11,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 KEY = "sk-secret-0123456789"
-STATUSES = {"500": 500, "503": 503, "408": 408, "409": 409, "429": 429, "too long": 400}
+STATUSES = {
+    "500": 500,
+    "503": 503,
+    "408": 408,
+    "409": 409,
+    "429": 429,
+    "too long": 400,
+    "quota": 429,
+}
 BODIES = {
     "invalid": b'{"choices": [{',
     "html": b"<html>busy</html>",
@@ -136,9 +144,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send(200, BODIES[play])
         else:
             headers = {"Retry_After": "0.02"} if play == "429" else {}
-            self.send(
-                STATUSES[play], b'{"error": {"message": "maximum context length"}}', **headers
-            )
+            code = "insufficient_quota" if play == "quota" else "maximum context length"
+            self.send(STATUSES[play], json.dumps({"error": {"code": code}}).encode(), **headers)
 
     def drip(self, data: bytes) -> None:
         """A byte ten times a second."""

@@ -44,6 +44,8 @@ READABLE: list[tuple[str, str | bytes, list[dict[str, Any]]]] = [
     ("a.csv", "id\nq;1\n", [{"id": "q;1"}]),
     ("a.csv", 'id, text\nq1, "a, b"\n', [{"id": "q1", "text": "a, b"}]),
     ("A.CSV", "id\nq1\n", [{"id": "q1"}]),
+    ("a.csv", "\n\nid\nq1\n", [{"id": "q1"}]),
+    ("a.jsonl", '{"p": Infinity}', [{"p": float("inf")}]),
 ]
 
 

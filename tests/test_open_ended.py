@@ -68,7 +68,19 @@ def test_squad_by_hand(answer: str, references: list[str], match: int) -> None:
 MINUSES = "-\u2010\u2011\u2012\u2013\u2014\u2212\ufe63\uff0d"
 GAPS = [",", "{,}", r"\,", r",\!", r"\ ", "'", "\u2019", *"\u00a0\u2007\u2009\u200a\u202f"]
 NUMBERS = {
-    "5": ["It is 5.", "5km", "$5.00", r"\$5", "Rs.5", r"\boxed{5}", "5 m2", "5 ft2", "**5**"],
+    "5": [
+        "It is 5.",
+        "US$5",
+        "A\u20ac5",
+        "5km",
+        "$5.00",
+        r"\$5",
+        "Rs.5",
+        r"\boxed{5}",
+        "5 m2",
+        "5 ft2",
+        "**5**",
+    ],
     "05": ["3+2=5.", "x^2 = 5", r"5 cm^{2}"],
     "60": ["60%", "a lot #### 60 of 30", "#### 3 #### 60", "２０ and ６０", "<<2*30=60>>60 eggs"],
     ".5": [".5", "0.50", "$.5"],
@@ -89,7 +101,7 @@ NUMBERS = {
 }
 # What stays wrong, as the docstring says
 WRONG = "3,5=5; 1 234=234; 1.234,50=50; 5k=5; 1e3=1; 5:30=30; 2+3=3; 12 of 30=30; 1\u00bd=1"
-WRONG += "; 10^3=10; 10^{3}=10; 2 1/2=0.5; it is - 5=5"
+WRONG += "; 10^3=10; 10^{3}=10; 2 1/2=0.5; it is - 5=5; 3 for Rs5=3"
 
 
 @pytest.mark.parametrize(("value", "texts"), NUMBERS.items())

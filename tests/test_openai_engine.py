@@ -319,6 +319,13 @@ def test_a_short_retry_after_is_honoured(
     assert server.asked["a"] == 6 and caplog.text.count("in 0.020000 seconds") == 5
 
 
+def test_a_used_up_account_is_not_asked_again(server: FaultServer, tmp_path: Path) -> None:
+    server.script["a"] = ["quota"]
+    with pytest.raises(EngineError, match=r"402.*insufficient_quota"):
+        ask(client(server, tmp_path, on_failure="keep_local"), "a")
+    assert server.asked["a"] == 1
+
+
 LATER = formatdate(time.time() + 86_400, usegmt=True)
 
 

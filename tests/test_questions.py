@@ -382,6 +382,32 @@ def test_options_and_answers_as_json_in_a_csv(tmp_path):
     assert found == {"squad": ("Ann", "Anna"), "gsm8k": ("0",)}
 
 
+def test_what_looks_like_json_in_a_csv_may_be_a_text(tmp_path):
+    rows = [{**GOOD, "options": "[\"it's\", 'no']"}]
+    assert "unclear answers" in problems(lambda: load_questions(table(tmp_path / "a.csv", rows)))[0]
+
+
+def test_columns_that_differ_in_case_are_not_told_apart(tmp_path):
+    rows = [{**GOOD, "Answer": "A"}]
+    stops = problems(lambda: load_questions(table(tmp_path / "a.jsonl", rows)))
+    assert "answer: <column>" in "\n".join(stops)
+
+
+def test_a_chat_does_not_stand_over_a_question(tmp_path):
+    shots = [{"role": "user", "content": "Other?\nA. x\nB. y"}, {"content": "no role"}, "no turn"]
+    row = {"query": "Why?", "options": ["a", "b"], "answer": "B", "domain": "law"}
+    (question,) = load_questions(table(tmp_path / "a.jsonl", [{**row, "messages": shots}]))
+    assert (question.question, question.options) == ("Why?", ("a", "b"))
+
+
+def test_a_number_as_text_is_the_option_of_that_text(tmp_path):
+    row = {**GOOD, "options": [2.0, 1.0], "answer": 2.0}
+    file = table(tmp_path / "a.jsonl", [row])
+    assert "unclear answers" in problems(lambda: load_questions(file))[0]  # A, or the second
+    (question,) = load_questions(table(tmp_path / "b.jsonl", [{**row, "options": [7.5, 2.0]}]))
+    assert question.answer == "B"
+
+
 def test_answers_that_can_be_read_in_two_ways_stop(tmp_path):
     file = tmp_path / "q.jsonl"
     jsonl(file, *({"question": q, "choices": o, "answer": 1 + g % 2} for q, o, g in ROWS))
@@ -566,7 +592,10 @@ def test_a_bank_is_a_folder_with_a_file_per_split(tmp_path):
     bank = ROOT / settings.data.bank
     assert splits(settings) == {split: load_questions(bank / f"{split}.jsonl") for split in SPLITS}
     empty = override(settings, {"data.bank": str(tmp_path)})
-    assert "no .jsonl" in problems(lambda: splits(empty))[0]
+    assert "train.jsonl: no .jsonl" in problems(lambda: splits(empty))[0]
+    for split in ("train", "dev"):  # one that lacks its test split is not divided anew
+        write(tmp_path / f"{split}.jsonl", make_questions(4, ("law",)))
+    assert "test.jsonl: no .jsonl" in problems(lambda: splits(empty))[0]
     assert "open_ended/train.jsonl: no .jsonl" in problems(lambda: open_splits(empty))[0]
 
 
@@ -625,6 +654,10 @@ def test_hub_sets_by_their_splits(hub, capsys):
     assert parts["test"][0].id == "set/test-0"
     told = capsys.readouterr().err
     assert "1 rows are left out: set/train, row 30: field `options`" in told
+    hidden = [{**row, "answer": None} for row in numbers(30, 32)]
+    jsonl(hub / "set" / "test.jsonl", *hidden)  # few of all rows, and the whole of its split
+    read = Source(**entry, columns=Columns(answer_is="index0"))
+    assert len(problems(lambda: load_source(read))) == 2
     divided = splits(with_sources({**entry, "split": "train", "use": "divide", "rows": 20}))
     assert sum(sizes(divided)) in (19, 20)
     unusable = ({**row, "answer": -1} for row in numbers(0, 5))

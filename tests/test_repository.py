@@ -355,7 +355,7 @@ class TestSize:
     def test_the_library_is_thin(self) -> None:
         sizes = {name: len(lines) for name, lines in CODE.items() if len(lines) > 3}
         assert not {name: size for name, size in sizes.items() if size > 220}
-        assert len(sizes) <= 19 and sum(sizes.values()) <= 2870, sizes
+        assert len(sizes) <= 19 and sum(sizes.values()) <= 2895, sizes
 
     def test_functions_are_read_in_one_look(self) -> None:
         long = {}

@@ -418,6 +418,11 @@ def test_sentinel(run: Run) -> None:
     assert 2**20 < done["peak"] == pytest.approx(peak_memory(), rel=0.2)
 
 
+def test_a_sandbox_may_not_tell_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda *_: "Name:\tpython\n")
+    assert peak_memory() > 2**20
+
+
 def test_the_peak_is_this_process_s_and_not_its_parent_s() -> None:
     size = 400 * 2**20
     held = [os.urandom(2**20) * (size // 2**20)]

@@ -236,7 +236,8 @@ def load_profile(profile: str | Path, overrides: Mapping[str, object] | None = N
 
     Raises SettingsError with the file, every wrong parameter, its value and the expected form.
     """
-    path = Path(profile) if str(profile).endswith(".yaml") else PROFILES / f"{profile}.yaml"
+    is_file = str(profile).endswith((".yaml", ".yml"))
+    path = Path(profile) if is_file else PROFILES / f"{profile}.yaml"
     try:
         values = dict(_yaml(path.read_text(encoding="utf-8-sig")))
         base = values.pop("base", None)

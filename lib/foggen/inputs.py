@@ -59,8 +59,12 @@ def as_name(value: Any) -> Any:
 
 def listed(value: Any) -> Any:
     """A list or mapping that a cell of a CSV holds as JSON; all else as it is."""
-    is_json = isinstance(value, str) and value.startswith(('["', '{"'))
-    return json.loads(value) if is_json else value
+    if not isinstance(value, str) or not value.startswith(('["', '{"')):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:  # a text in brackets
+        return value
 
 
 # ---- Tables
@@ -77,7 +81,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
         if line.strip():
             try:
                 # Data frames write NaN for what is missing; JSON knows no such number
-                row = json.loads(line, parse_constant={"NaN": None}.get)
+                constants = {"NaN": None, "Infinity": np.inf, "-Infinity": -np.inf}
+                row = json.loads(line, parse_constant=constants.get)
             except ValueError as error:
                 row = error
             yield f"line {number}", row
@@ -87,7 +92,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(2**31 - 1)  # 131,072 characters by default
     with path.open(encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file, strict=True, skipinitialspace=True)
-        header = [name.strip() for name in next(lines, [""])]
+        header = [name.strip() for name in next(filter(None, lines), [""])]
         if len({*header}) < len(header) or re.search("[;\t]", header[0]):
             raise ValueError(f"{header} has a name twice, or semicolons or tabs for commas")
         for number, cells in enumerate(filter(None, lines), 1):
@@ -188,7 +193,8 @@ USUAL = {
     "question": ("question", "query", "problem", "prompt"),
     "context": ("context", "passage", "article", "premise"),
     "options": ("options", "choices"),
-    "answer": ("answerkey", "answeridx", "cop", "answer", "correctanswer", "correct", "label"),
+    "answer": ("answerkey", "answeridx", "cop", "correctoption", "answer", "correctanswer",
+               "correct", "label"),
     "domain": ("domain", "category", "subject", "topic"),
     "fact": ("fact",), "id": ("id", "questionid"),
 }  # fmt: skip
@@ -198,10 +204,13 @@ def find_columns(table: Table, given: Columns) -> dict[str, Any]:
     """The column of every field: as given, else by its usual name, else None.
 
     The options may have a column each: {"question": "Query", "options": ["A", "B", "C"], ...}.
-    Raises TableError, with the lines to write into the profile, where one cannot be told.
+    Of names that differ in case or blanks only, neither is known. Raises TableError, with the
+    lines to write into the profile, where a column cannot be told.
     """
     names = {column for _, row in table for column in row}
-    known = {re.sub("[ _]", "", name.casefold()): name for name in sorted(names)}
+    plain = {name: re.sub("[ _]", "", name.casefold()) for name in sorted(names)}
+    counts = Counter(plain.values())
+    known = {short: name for name, short in plain.items() if counts[short] == 1}
     columns: dict[str, Any] = {}
     for field, usual in USUAL.items():
         columns[field] = next((known[name] for name in usual if name in known), None)
@@ -232,7 +241,8 @@ def read_chat(row: Row, column: str | None) -> Row:
 
     user: `Why?\nA. so\nB. not so`, assistant: `Confidence: 0.5\nFinal answer: B`
     """
-    chat = {turn["role"]: turn["content"] for turn in row.get(column or "messages") or []}
+    turns = [turn for turn in row.get(column or "messages") or [] if isinstance(turn, Mapping)]
+    chat = {turn.get("role"): str(turn.get("content")) for turn in turns}
     # The options begin with the last line of an A, and end with a blank line.
     form = r"(?sm)(.*)^[ \t]*\(?A[.):][ \t]+(.*?)(?:\n[ \t]*\n|\Z)"
     if not (parts := re.match(form, chat.get("user", ""))):
@@ -240,7 +250,7 @@ def read_chat(row: Row, column: str | None) -> Row:
     first, *rest = re.split(r"\n[ \t]*\(?([B-Z])[.):][ \t]+", parts[2].strip())
     letters = "A" + "".join(rest[::2])
     options = dict(zip(letters, [first, *rest[1::2]], strict=True))
-    answer = parse_response(chat["assistant"]).answer or chat["assistant"]
+    answer = parse_response(chat.get("assistant", "")).answer or chat.get("assistant")
     fields = {"question": parts[1].strip(), "options": options, "answer": answer}
     return fields if LETTERS.startswith(letters) else {}
 
@@ -263,13 +273,14 @@ def read_options(row: Row, column: str | list[str]) -> tuple[list[Any], list[str
 
 def read_answer(answer: Any, options: list[Any], labels: list[str]) -> dict[str, str]:
     """The letter of the right option, by every way to read the answer: {"index1": "B", ...}."""
-    text = normalised(str(as_name(answer) or ""), keep_case=True)
-    letter = re.sub(r"\A\(?(\w+)[.):].*", r"\1", text).casefold()  # `(B) not so` is b
+    text = "" if answer is None else normalised(str(answer), keep_case=True)
+    short = normalised(str(as_name(answer) or ""), keep_case=True)  # 2 for 2.0
+    letter = re.sub(r"\A\(?(\w+)[.):].*", r"\1", short).casefold()  # `(B) not so` is b
     ways = {
         "letter": (letter, labels),
         "text": (text, [normalised(str(option), keep_case=True) for option in options]),
-        "index0": (text, [str(place) for place in range(len(options))]),
-        "index1": (text, [str(place + 1) for place in range(len(options))]),
+        "index0": (short, [str(place) for place in range(len(options))]),
+        "index1": (short, [str(place + 1) for place in range(len(options))]),
     }
     known = [(how, names.index(name)) for how, (name, names) in ways.items() if name in names[:26]]
     return {how: LETTERS[place] for how, place in known}

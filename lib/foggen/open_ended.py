@@ -53,11 +53,11 @@ _CLEANING = {
     r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}": r"\1/\2",
     r"[\u2010-\u2015\u2212\ufe63\uff0d]": "-",  # hyphens, dashes and minus signs
     rf"(?<=\d){_GAP}(?=(?:\d\d\d?{_GAP}){{0,20}}\d\d\d(?!\d))": "",  # 1,234 and 1,23,456
-    r"[\\$\u00a2-\u00a5\u20a0-\u20cf]|\^\{?\d+": "",  # currencies, powers
+    r"[\\$\u00a2-\u00a5\u20a0-\u20cf]|\^\{?\d+": " ",  # currencies, powers
 }
 # After a word, a number or a bracket a minus is a subtraction, a range or a hyphen
 _NUMBER = re.compile(
-    r"(?:(?<![\w)\]%])-|(?<![\w)\]%]\s)(?<![\w)\]%])-\s)?(?:(?<!\w)\d+(?:\.\d+)?|(?<![\w.])\.\d+)"
+    r"(?:(?<![\w)\]%])-|(?<![\w)\]%]\s)(?<![\w)\]%])-\s+)?(?:(?<!\w)\d+(?:\.\d+)?|(?<![\w.])\.\d+)"
     r"(?:\s*/\s*\d+(?:\.\d+)?)?"
 )
 
@@ -69,8 +69,8 @@ def final_number(text: str) -> Fraction | None:
     1,23,456 and 9{,}500, thousands set apart by apostrophes, thin or no-break spaces, $5.00, .5,
     60% (as 60), 1/2, and a number with its unit or at a sentence's end.
     Fails: numbers in words, mixed fractions (2 1/2), ½, 1 234 with a plain space, 3,5 for 3.5,
-    1.234,50, 5k, 1e3, times (5:30), powers (10^3), _5_ in italics, sums left undone, and a right
-    number followed by another one.
+    1.234,50, 5k, 1e3, Rs5, times (5:30), powers (10^3), _5_ in italics, sums left undone, and a
+    right number followed by another one.
     """
     for pattern, replacement in _CLEANING.items():
         text = re.sub(pattern, replacement, text)

@@ -114,8 +114,10 @@ def shaped(name: str, table: Table, source: Source) -> Table:
     position counts from 1 only where the rows prove it. Raises TableError, with the lines to write
     into the profile, where columns or answers cannot be told.
     """
-    table = [(place, inputs.read_chat(row, source.columns.messages) | row) for place, row in table]
-    columns = inputs.find_columns(table, source.columns)
+    given = source.columns
+    if given.messages or not any(row.keys() & {*inputs.USUAL["question"]} for _, row in table):
+        table = [(place, inputs.read_chat(row, given.messages) | row) for place, row in table]
+    columns = inputs.find_columns(table, given)
     questions: Table = []
     readings = []
     for number, (place, row) in enumerate(table):
@@ -141,18 +143,22 @@ def load_source(source: Source) -> list[Question]:
     """The questions of one source, each with its `split` (in local ones: the name of its file).
 
     Raises TableError for columns that cannot be told and for unusable rows: of a file any, of
-    a hub set more than a tenth (fewer are left out, and counted on stderr); HubError where the
+    a hub's split more than a tenth (fewer are left out, and counted on stderr); HubError where the
     hub does not give the set.
     """
     # A reader can mend files, but no hub set: a few of its rows are left out
-    local = is_local(source.path)
+    is_file = source.path.lower().endswith(tuple(inputs.READERS))  # if only a misspelt one
+    local = is_file or is_local(source.path)
     tables = inputs.file_tables(ROOT / source.path) if local else inputs.hub_tables(source)
-    rows: Table = []
+    parts = []
     for name, table in tables.items():
         if source.rows and source.rows < len(table):
             table = random.Random(0).sample(table, source.rows)
-        rows += shaped(name, table, source)
-    return inputs.check_rows(rows, Question, "id", unusable=0 if local else 0.1)
+        parts.append(shaped(name, table, source))
+    if local:  # all that is wrong with the files is told at once
+        return inputs.check_rows([row for part in parts for row in part], Question, "id")
+    checked = [inputs.check_rows(part, Question, "id", unusable=0.1) for part in parts]
+    return [question for part in checked for question in part]
 
 
 def load_questions(path: Path) -> list[Question]:
@@ -248,7 +254,9 @@ def splits(settings: Settings) -> Parts:
     """
     data = settings.data
     parts: Parts = {split: [] for split in SHARES}
-    for source in data.sources or [Source(path=data.bank)]:
+    files = [{"path": f"{data.bank}/{split}.jsonl", "use": split} for split in parts]
+    bank = [Source.model_validate(file) for file in files]
+    for source in data.sources or bank:
         for split, group in _roles(source.use, load_source(source)).items():
             parts[split] += group
     counts = Counter(question.id for group in parts.values() for question in group)

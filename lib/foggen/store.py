@@ -174,8 +174,10 @@ def peak_memory() -> int:
     """The most memory this process has held so far, in bytes."""
     if sys.platform == "linux":  # where ru_maxrss begins with the parent's memory
         status = Path("/proc/self/status").read_text("utf-8")
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if found := re.search(r"VmHWM:\s+(\d+)", status):  # sandboxes may not tell it
+            return int(found[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class Run:
@@ -217,7 +219,7 @@ class Run:
             yield
 
     def _remove_temporary(self) -> None:
-        folders = [self.folder, *filter(Path.is_dir, self.folder.iterdir())]
+        folders = [*filter(Path.is_dir, self.folder.iterdir()), self.folder]
         for folder in folders:
             for left in folder.iterdir():
                 # What lies behind a link is not the run's

@@ -141,6 +141,8 @@ class LimitedClient(openai.DefaultHttpxClient):
         except (TimeoutError, httpx2.TimeoutException):  # a silent server: whichever is first
             late = f"no whole reply within {self.limit} s (`timeout`)"
             raise httpx2.ReadTimeout(late, request=request) from None
+        if response.status_code == 429 and b"insufficient_quota" in response.content:
+            response.status_code = 402  # which waiting does not help
         if response.is_success and read_reply(response.content) is None:
             response.status_code = 502
         return response
