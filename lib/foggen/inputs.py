@@ -286,15 +286,6 @@ def read_answer(answer: Any, options: list[Any], labels: list[str]) -> dict[str,
     return {how: LETTERS[place] for how, place in known}
 
 
-def best_reading(readings: Sequence[Mapping[str, str]]) -> str | None:
-    """The way that reads most answers; None where two do and disagree, or none reads half."""
-    counts = Counter(how for letters in readings for how in letters)
-    most = max(counts.values(), default=0)
-    best = [how for how, count in counts.items() if count == most]
-    agree = all(len({letters.get(how) for how in best}) < 2 for letters in readings)
-    return best[0] if best and agree and 2 * most >= len(readings) else None
-
-
 # ---- The hub
 
 MODEL_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]  # no pickles, no code

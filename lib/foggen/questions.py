@@ -131,12 +131,21 @@ def shaped(name: str, table: Table, source: Source) -> Table:
     alone = [str(row.get("question")) for _, row in questions if "context" in row]
     if not source.columns.question and any(re.fullmatch("[A-Za-z]+", word) for word in alone):
         raise TableError(f"{name}: questions of one word; name their column: `question: <column>`")
-    how = source.columns.answer_is or inputs.best_reading(readings)
+    how = source.columns.answer_is or best_reading(readings)
     if not how:
         raise TableError(f"{name}: unclear answers; say answer_is: letter, text, index0 or index1")
     for (_, row), letters in zip(questions, readings, strict=True):
         row["answer"] = letters.get(how, f"{row.get('answer')} (read as {how})")
     return questions
+
+
+def best_reading(readings: Sequence[Mapping[str, str]]) -> str | None:
+    """The way that reads most answers; None where two do and disagree, or none reads half."""
+    counts = Counter(how for letters in readings for how in letters)
+    most = max(counts.values(), default=0)
+    best = [how for how, count in counts.items() if count == most]
+    agree = all(len({letters.get(how) for how in best}) < 2 for letters in readings)
+    return best[0] if best and agree and 2 * most >= len(readings) else None
 
 
 def load_source(source: Source) -> list[Question]:
