@@ -224,9 +224,10 @@ def test_the_calibration_buffer_is_balanced(small, questions):
 
 def test_missing_questions_are_told_before_a_model_is_asked(small, tmp_path, questions):
     none = EngineSlot(lambda model: pytest.fail("asked"))
-    run = Run(tmp_path, override(small, {"domains": ["law", "alchemy"]}))
-    with pytest.raises(SettingsError, match=r"domains: .*alchemy.*; there are \['finance'"):
-        run_chain(run, questions, questions, none)
+    for wrong in (["law", "alchemy"], ["law", "law"]):
+        run = Run(tmp_path, override(small, {"domains": wrong}))
+        with pytest.raises(SettingsError, match=f"domains: .*{wrong[1]}.*; expected: each once"):
+            run_chain(run, questions, questions, none)
     with pytest.raises(SettingsError, match="no dev questions"):
         run_chain(Run(tmp_path, small), questions, [], none)
 

@@ -116,8 +116,9 @@ def round_questions(train: Questions, settings: Settings) -> Plan:
     a domain without questions.
     """
     pools = by_domain(train)
-    if missing := set(settings.domains) - pools.keys():
-        raise SettingsError(f"domains: no training questions for {missing}; there are {[*pools]}")
+    if [name for name in dict.fromkeys(settings.domains) if name in pools] != settings.domains:
+        expected = f"each once, of those with training questions: {', '.join(pools)}"
+        raise SettingsError(f"domains: {settings.domains}; expected: {expected}")
     plan: Plan = [(None, calibration_questions(train, settings))]
     for number in range(1, settings.rounds + 1):
         domain = settings.domains[(number - 1) % len(settings.domains)]

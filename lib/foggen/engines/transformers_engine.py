@@ -171,9 +171,10 @@ class TransformersEngine(Engine):
         """Logits [rows, keep, vocabulary] of the last of `ids` [rows, width] (-1: a pad)."""
         rows.mask = torch.cat([rows.mask, (ids >= 0).long()], 1)
         positions = (rows.mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # [rows, width]
-        where = {"attention_mask": rows.mask, "position_ids": positions}
-        cache, ids = rows.cache, ids.clamp(min=0)
-        return self.model(ids, past_key_values=cache, logits_to_keep=keep, **where).logits  # type: ignore[no-any-return]
+        read: dict[str, Any] = {"attention_mask": rows.mask, "position_ids": positions}
+        read |= {"past_key_values": rows.cache, "logits_to_keep": keep}
+        logits: Tensor = self.model(ids.clamp(min=0), **read).logits
+        return logits
 
     def _padded(self, rows: list[list[int]], side: str = "left") -> Tensor:
         """Ids [rows, width], with pads of -1 on one side."""
